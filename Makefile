@@ -1,0 +1,46 @@
+# Targets a newcomer needs: quickstart, test. Everything else is listed by `make help`.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.complete
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup quickstart test test-unit test-distributed lint format gpu-check lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(STAMP)  ## create .venv with everything pinned in requirements.lock (repeated calls do nothing)
+
+$(STAMP): requirements.lock pyproject.toml
+	@bash .ci/make_venv $(VENV)
+	@touch $@
+
+quickstart: setup  ## build a corpus, pretrain a small MoE GPT through real Megatron, resume it, draw the report
+	@$(PY) examples/quickstart.py $(QUICKSTART_ARGS)
+
+test: setup  ## lint and all tests (unit, distributed; gpu tests skip themselves without a GPU)
+	@$(MAKE) --no-print-directory lint
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-unit: setup  ## the tests that need seconds
+	$(PY) -m pytest tests/unit $(PYTEST_ARGS)
+
+test-distributed: setup  ## torchrun + gloo on real Megatron, 2 and 4 processes
+	$(PY) -m pytest tests/distributed $(PYTEST_ARGS)
+
+lint: setup  ## ruff format check, ruff, mypy
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: setup  ## rewrite the code in the house format
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+lock: setup  ## resolve requirements.lock again (needs uv on the PATH)
+	uv pip compile pyproject.toml --extra dev -c constraints.txt --python-version 3.12 \
+	  --no-emit-package megatron-et --no-header --upgrade -o requirements.lock
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

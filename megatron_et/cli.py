@@ -1,0 +1,29 @@
+"""The `megatron-et` command. Each subcommand lives in its own module with add_arguments(parser) and run(args)."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module, one-line help). Modules are imported only when their command runs: start-up stays quick.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "prepare": ("megatron_et.data.prepare", "tokenizer and Megatron .bin/.idx datasets from text or JSONL"),
+    "report": ("megatron_et.report.command", "terminal table and PNG plots of a run"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the process's exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="megatron-et", description=__doc__.split(".")[0] + ".")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if argv and argv[0] == name:
+            importlib.import_module(module).add_arguments(subparser)
+    args = parser.parse_args(argv)
+    return importlib.import_module(COMMANDS[args.command][0]).run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""ExpertThresholdConfig: every knob of Expert Threshold routing, its default, its meaning and its validation.
+
+This class is the single source of the command-line flags: `host/arguments.py` builds them from the fields below.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+RouterType = Literal["topk", "expert-threshold", "expert-choice"]
+GateNormalization = Literal["none", "fanout"]
+Pool = Literal["microbatch"]
+Quantile = Literal["kth-largest"]
+
+
+class ConfigError(ValueError):
+    """A flag, or a combination of flags, that Expert Threshold routing does not run with."""
+
+
+def _knob(default: Any, flag: str, meaning: str) -> Any:
+    return field(default=default, metadata={"flag": flag, "help": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertThresholdConfig:
+    """Settings of the router; Megatron's `moe_router_topk` stays the target mean fan-out.
+
+    Raises:
+        ConfigError: a value outside its range, naming the flag, the value and what is allowed.
+    """
+
+    router_type: RouterType = _knob(
+        "topk",
+        "--moe-router-type",
+        "topk leaves Megatron untouched; expert-threshold routes each token to every expert whose threshold its "
+        "logit reaches; expert-choice trains with the k best tokens of each expert and evaluates by thresholds",
+    )
+    ema_decay: float = _knob(
+        0.999, "--moe-et-ema-decay", "beta of the threshold EMA, one update per committed global batch"
+    )
+    warmup_steps: int = _knob(
+        4000,
+        "--moe-et-warmup-steps",
+        "global batches routed by Expert Choice first, while the thresholds settle",
+    )
+    warmup_anneal_steps: int = _knob(
+        0,
+        "--moe-et-warmup-anneal-steps",
+        "global batches after the warm-up over which the capacity factor grows from 0 instead of jumping",
+    )
+    capacity_factor: float | None = _knob(
+        None,
+        "--moe-et-capacity-factor",
+        "C: in training an expert takes between (1-C)k and (1+C)k tokens of the routing pool; none = no bound",
+    )
+    pool: Pool = _knob(
+        "microbatch",
+        "--moe-et-pool",
+        "routing pool of Expert Choice and capacity: microbatch = this rank's tokens of the micro-batch",
+    )
+    quantile: Quantile = _knob(
+        "kth-largest",
+        "--moe-et-quantile",
+        "population quantile of the global batch: kth-largest = the paper's mean of the k-th largest logits "
+        "over micro-batches and ranks",
+    )
+    max_fanout: int | None = _knob(
+        None, "--moe-et-max-fanout", "at most this many experts a token, best logits first; none = no bound"
+    )
+    gate_normalization: GateNormalization = _knob(
+        "none", "--moe-et-gate-normalization", "fanout divides a token's gates by its fan-out (paper, E.4)"
+    )
+    trace_dir: str | None = _knob(
+        None,
+        "--moe-et-trace-dir",
+        "folder for et_trace.jsonl: usage, threshold and cutoff of every expert at each log interval, "
+        "read by `megatron-et report`",
+    )
+
+    def __post_init__(self) -> None:
+        for knob in fields(self):
+            allowed = choices(knob.name)
+            value = getattr(self, knob.name)
+            if allowed and value not in allowed:
+                raise ConfigError(f"{knob.metadata['flag']} is {value!r}: choose one of {', '.join(allowed)}")
+        self._require(0.0 <= self.ema_decay < 1.0, "ema_decay", "must be in [0, 1)")
+        self._require(self.warmup_steps >= 0, "warmup_steps", "must be 0 or more global batches")
+        self._require(self.warmup_anneal_steps >= 0, "warmup_anneal_steps", "must be 0 or more global batches")
+        if self.capacity_factor is not None:
+            finite = math.isfinite(self.capacity_factor)
+            self._require(finite and self.capacity_factor >= 0.0, "capacity_factor", "must be finite and >= 0")
+        if self.max_fanout is not None:
+            self._require(self.max_fanout >= 1, "max_fanout", "must be at least 1 expert a token")
+        if self.router_type == "expert-choice":
+            why = "has no effect with --moe-router-type expert-choice, which always trains at C=0: leave it out"
+            self._require(self.capacity_factor is None, "capacity_factor", why)
+            self._require(self.warmup_anneal_steps == 0, "warmup_anneal_steps", why)
+
+    def _require(self, condition: bool, name: str, rule: str) -> None:
+        if not condition:
+            raise ConfigError(f"{flag_of(name)} is {getattr(self, name)}: it {rule}")
+
+    @property
+    def active(self) -> bool:
+        """Whether this package routes at all (False: Megatron's own top-k, untouched)."""
+        return self.router_type != "topk"
+
+    def capacity(self, committed_batches: int) -> float | None:
+        """Capacity factor C in force for the next training batch; None means that nothing bounds the load.
+
+        0 in the warm-up (Expert Choice). While annealing it grows from 0 to the training capacity: linearly to a finite
+        one, and as x / (1 - x) of the annealed share x to an infinite one, so that neither end jumps.
+
+        Args:
+            committed_batches: global batches that have already moved the thresholds.
+        """
+        if self.router_type == "expert-choice" or committed_batches < self.warmup_steps:
+            return 0.0
+        annealed = committed_batches - self.warmup_steps
+        if annealed < self.warmup_anneal_steps:
+            share = annealed / self.warmup_anneal_steps
+            return share / (1.0 - share) if self.capacity_factor is None else share * self.capacity_factor
+        return self.capacity_factor
+
+    def phase(self, committed_batches: int) -> str:
+        """Name of the phase that routes the next training batch: warmup, anneal or threshold."""
+        if self.router_type == "expert-choice" or committed_batches < self.warmup_steps:
+            return "warmup"
+        return "anneal" if committed_batches < self.warmup_steps + self.warmup_anneal_steps else "threshold"
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Self:
+        """Read the settings from parsed arguments; a missing attribute keeps its default."""
+        values = {knob.name: getattr(args, dest_of(knob.name), knob.default) for knob in fields(cls)}
+        return cls(**values)
+
+
+def flag_of(name: str) -> str:
+    """Command-line flag of a field: 'ema_decay' -> '--moe-et-ema-decay'."""
+    return next(knob.metadata["flag"] for knob in fields(ExpertThresholdConfig) if knob.name == name)
+
+
+def dest_of(name: str) -> str:
+    """Attribute of a field on Megatron's args: 'ema_decay' -> 'moe_et_ema_decay'."""
+    return flag_of(name).removeprefix("--").replace("-", "_")
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """Allowed values of a Literal field, empty for numbers."""
+    hint = get_type_hints(ExpertThresholdConfig)[name]
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def scalar_type(name: str) -> type:
+    """Type that parses one value of the field: int, float or str."""
+    hint = get_type_hints(ExpertThresholdConfig)[name]
+    if get_origin(hint) is Literal:
+        return str
+    plain = [part for part in (get_args(hint) or (hint,)) if part is not type(None)]
+    return plain[0]

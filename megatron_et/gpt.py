@@ -1,0 +1,236 @@
+"""What megatron.training.pretrain asks of a GPT script: datasets, a forward step and a loss.
+
+Dimension letters: B micro-batch size, S sequence length.
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+# Features of Megatron-LM's own pretrain_gpt.py whose code no wheel ships, and the flags that ask for them.
+ELSEWHERE = {
+    "sft": "--sft",
+    "fim_data": "--fim-data",
+    "logits_load_dir": "--logits-load-dir",
+    "hybrid_context_parallel": "--hybrid-context-parallel",
+    "dataloader_inter_document_masking": "--dataloader-inter-document-masking",
+}
+
+
+def pretrain_gpt() -> None:
+    """Parse Megatron's flags from sys.argv and pretrain."""
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    _refuse_elsewhere(args)
+    _require_data(args)
+    # Every rank asks for the datasets; the builder decides who reads which file.
+    train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
+    container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(
+        container,
+        train_valid_test_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=embedding_ranks,
+    )
+
+
+def _refuse_elsewhere(args: argparse.Namespace) -> None:
+    asked = [flag for name, flag in ELSEWHERE.items() if getattr(args, name, None)]
+    if asked:
+        raise SystemExit(
+            f"megatron_et.pretrain_gpt does not have {', '.join(asked)}: run Megatron-LM's own script with "
+            "`python -m megatron_et /path/to/Megatron-LM/pretrain_gpt.py <flags>`."
+        )
+
+
+def _require_data(args: argparse.Namespace) -> None:
+    """Name a missing dataset file before processes wait for one another in the dataset builder."""
+    if args.mock_data:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend] if blend is not None else [split for split in per_split or () if split is not None]
+    if not blends:
+        raise SystemExit("no training data: give --data-path PREFIX (of PREFIX.bin and PREFIX.idx), or --mock-data")
+    from pathlib import Path
+
+    prefixes = [prefix for prefixes, _ in blends for prefix in prefixes]
+    missing = [p + end for p in prefixes if "://" not in p for end in (".bin", ".idx") if not Path(p + end).is_file()]
+    if missing:
+        raise SystemExit(
+            f"dataset file not found: {', '.join(missing)}. `megatron-et prepare` writes PREFIX.bin and PREFIX.idx; give "
+            "PREFIX to --data-path without its ending."
+        )
+
+
+def train_valid_test_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
+    """Build the three datasets, reading real data or Megatron's mock data.
+
+    Args:
+        num_samples: sequences wanted for training, validation and test.
+        vp_stage: virtual pipeline stage of the caller.
+    """
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    print_rank_0(f"> building {dataset_type.__name__} for training, validation and test ...")
+    builder = BlendedMegatronDatasetBuilder(
+        dataset_type, num_samples, partial(_builds_dataset, vp_stage=vp_stage), config
+    )
+    return builder.build()
+
+
+def _has_mtp(vp_stage: int | None) -> bool:
+    config = core_transformer_config_from_args(get_args())
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _needs_batch(vp_stage: int | None) -> bool:
+    """Whether this stage embeds tokens or computes a loss."""
+    return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(vp_stage)
+
+
+def _builds_dataset(vp_stage: int | None = None) -> bool:
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and _needs_batch(vp_stage)
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Pipeline ranks that hold word embeddings: the first, the last when embeddings are tied, and those of MTP heads."""
+    args = get_args()
+    ranks = {pp_ranks[0]}
+    if len(pp_ranks) > 1:
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pp_ranks[-1])
+        ranks.update(get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args)))
+    return sorted(ranks)
+
+
+def get_batch(data_iterator: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, Any]:
+    """This rank's part of the next micro-batch: FIELDS, each [B, S] (attention_mask [B, 1, S, S]), or None per field."""
+    if not _needs_batch(vp_stage):
+        return dict.fromkeys(FIELDS)
+    args = get_args()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if tp_rank == 0:
+        assert data_iterator is not None, "tensor-parallel rank 0 of a stage that needs data has no data iterator"
+        loaded = next(data_iterator)
+        batch = {
+            name: value.cuda(non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in loaded.items()
+        }
+        for name in (*FIELDS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size"):
+            batch.setdefault(name, None)
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=_has_mtp(vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+    return {name: batch.get(name) for name in FIELDS}
+
+
+def loss_func(
+    loss_mask: torch.Tensor, token_losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Summed loss of the unmasked tokens.
+
+    Args:
+        loss_mask: [B, S], 1 for tokens that count.
+        token_losses: [B, S] cross entropy in nats.
+
+    Returns:
+        loss (a sum: Megatron divides by the token count), number of tokens, and what is reported.
+    """
+    args = get_args()
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(token_losses.reshape(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    if args.check_for_nan_in_loss_and_grad:
+        for reject, word in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=reject,
+                message=f"found {word} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator: Any, model: torch.nn.Module, return_schedule_plan: bool = False) -> Any:
+    """One forward pass of a micro-batch; returns the model's output and the loss function that fits it."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    if return_schedule_plan:
+        plan = model.build_schedule_plan(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])  # type: ignore[operator]
+        return plan, partial(loss_func, batch["loss_mask"])
+    output = model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return output, partial(loss_func, batch["loss_mask"])

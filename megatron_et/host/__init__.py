@@ -1,0 +1,46 @@
+"""Everything that touches Megatron's globals, one seam a file.
+
+| file | seam | what for |
+| --- | --- | --- |
+| arguments.py | `add_megatron_arguments`, `validate_args`, `load_args_from_checkpoint` | flags, refusals, --use-checkpoint-args |
+| layer.py | `MoELayer.__init__`, `moe_layer.MoEAlltoAllTokenDispatcher` | our router and dispatcher in every MoE layer |
+| grads.py | `finalize_model_grads` | reduce the batch's statistics beside the gradients |
+| step.py | `train_step` | commit or discard once the optimizer step is known to count |
+| logging.py | `training_log` | TensorBoard, W&B, console line, trace |
+| checkpoint.py | `load_checkpoint`, `_load_base_checkpoint` | top-k checkpoints start a warm-up and say so |
+"""
+
+import importlib.util
+
+from megatron_et.host import seam
+from megatron_et.host.versions import check_version
+
+_installed = False
+
+
+def install() -> None:
+    """Put Expert Threshold routing into Megatron-Core. Idempotent; call it before Megatron parses its arguments.
+
+    With `--moe-router-type topk` (the default) Megatron behaves exactly as without this package.
+
+    Raises:
+        ImportError: this Megatron lacks a symbol that a seam needs; names it and the versions that have it.
+    """
+    global _installed
+    if _installed:
+        return
+    check_version()
+    from megatron_et.host import layer
+
+    layer.install()
+    if importlib.util.find_spec("megatron.training") is not None:
+        from megatron_et.host import arguments, checkpoint, grads, logging, step
+
+        for module in (arguments, checkpoint, grads, step, logging):
+            module.install()
+    _installed = True
+
+
+def bound() -> list[str]:
+    """Full names of Megatron's symbols that this process has replaced."""
+    return list(seam.replaced)

@@ -1,0 +1,128 @@
+"""Seam: Megatron's arguments. Flags come from ExpertThresholdConfig; refusals and defaults from compatibility.py."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from megatron_et import compatibility
+from megatron_et.config import (
+    ConfigError,
+    ExpertThresholdConfig,
+    choices,
+    dest_of,
+    flag_of,
+    scalar_type,
+)
+from megatron_et.host import seam
+from megatron_et.quantile import expected_load
+from megatron_et.rank_zero import is_rank_zero, say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add one argument group with a flag for every field of ExpertThresholdConfig."""
+    group = parser.add_argument_group("expert threshold routing (megatron_et)")
+    for knob in fields(ExpertThresholdConfig):
+        group.add_argument(
+            flag_of(knob.name),
+            type=scalar_type(knob.name),
+            default=knob.default,
+            choices=choices(knob.name) or None,
+            help=f"{knob.metadata['help']} (default: {knob.default})".replace("%", "%%"),
+        )
+    return parser
+
+
+def explicit_names(argv: list[str]) -> set[str]:
+    """Attribute names of the flags on a command line (Megatron allows no abbreviations)."""
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--"))
+    return {flag.removeprefix("--").replace("-", "_") for flag in flags}
+
+
+def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConfig:
+    """Validate our flags against Megatron's before Megatron validates its own; set what ET needs and say so once.
+
+    Raises:
+        ConfigError: everything that is wrong, each with its remedy.
+    """
+    et = ExpertThresholdConfig.from_args(args)
+    if not et.active:
+        orphans = sorted(name for name in explicit if name.startswith("moe_et_"))
+        if orphans:
+            given = ", ".join("--" + name.replace("_", "-") for name in orphans)
+            raise ConfigError(
+                f"{given} has no effect with --moe-router-type topk: add --moe-router-type expert-threshold, or leave it out."
+            )
+        return et
+    changed = compatibility.check(args, et, explicit)
+    needed = f"; set {', '.join(changed)}" if changed else ""
+    say(
+        f"--moe-router-type {et.router_type}: target mean fan-out {args.moe_router_topk} of {args.num_experts} experts "
+        f"(rate {args.moe_router_topk / args.num_experts:.4f}), warm-up {et.warmup_steps} global batches, "
+        f"EMA decay {et.ema_decay}{needed}"
+    )
+    return et
+
+
+def check_pool(args: argparse.Namespace) -> None:
+    """Refuse a routing pool in which an expert's share is less than one token.
+
+    Raises:
+        ConfigError: with the sizes that make the pool.
+    """
+    split = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    pool = args.micro_batch_size * args.seq_length // split
+    if expected_load(pool, args.moe_router_topk, args.num_experts) < 1:
+        raise ConfigError(
+            f"a micro-batch has {pool} tokens on a rank (--micro-batch-size {args.micro_batch_size} x --seq-length "
+            f"{args.seq_length} / {split} ranks of context and sequence parallelism): fewer than --num-experts "
+            f"{args.num_experts} / --moe-router-topk {args.moe_router_topk}, so no expert would get one token. "
+            "Raise --micro-batch-size."
+        )
+
+
+def _add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda parser: add_arguments(original(parser))
+
+
+def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        try:
+            et = prepare(args, explicit_names(sys.argv[1:]))
+            result = original(args, *rest, **kwargs)
+            if et.active:
+                check_pool(args)
+        except ConfigError as error:
+            # A wrong flag is the user's to mend: the sentence, on one rank, without a traceback.
+            if is_rank_zero():
+                print(f"megatron_et: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        return result
+
+    return validate_args
+
+
+def _load_args_from_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_args_from_checkpoint(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
+        result = original(args, *rest, **kwargs)
+        if isinstance(result, tuple):
+            take_over(args, result[1], explicit_names(sys.argv[1:]))
+        return result
+
+    return load_args_from_checkpoint
+
+
+def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set[str]) -> None:
+    """--use-checkpoint-args: take our flags from the checkpoint's arguments unless the command line gives them."""
+    for knob in fields(ExpertThresholdConfig):
+        name = dest_of(knob.name)
+        if knob.name != "trace_dir" and name not in explicit and hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
+
+
+def install() -> None:
+    """Bind the seam."""
+    seam.wrap("megatron.training.arguments", "add_megatron_arguments", _add_megatron_arguments)
+    seam.wrap("megatron.training.arguments", "validate_args", _validate_args)
+    seam.wrap("megatron.training.checkpointing", "load_args_from_checkpoint", _load_args_from_checkpoint)

@@ -1,0 +1,55 @@
+"""Seam: MoELayer. Every MoE layer (GPT, hybrid, MTP, --spec models) gets our router and a dispatcher for any fan-out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron_et.config import ConfigError
+from megatron_et.host import seam
+
+MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
+
+
+def install() -> None:
+    """Bind the seam. The router's default sits in MoESubmodules' generated __init__, so patching its class would do nothing."""
+    seam.wrap(MOE_LAYER, "MoELayer.__init__", _moe_layer_init)
+    # Only the name that MoELayer builds from: the class itself stays what isinstance and Megatron's class attributes expect.
+    original = seam.find(MOE_LAYER, "MoEAlltoAllTokenDispatcher")
+    seam.replace(MOE_LAYER, "MoEAlltoAllTokenDispatcher", _alltoall_dispatcher(original))
+
+
+def _moe_layer_init(original: Callable[..., None]) -> Callable[..., None]:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_et.router import ExpertThresholdRouter, resolve_config
+
+    def __init__(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+        if submodules is not None and resolve_config(config).active:
+            router = submodules.router
+            if router is TopKRouter:
+                submodules = dataclasses.replace(submodules, router=ExpertThresholdRouter)
+            elif not _builds(router, ExpertThresholdRouter):
+                raise ConfigError(
+                    f"--moe-router-type asks for Expert Threshold routing, but the layer spec brings its own router "
+                    f"{getattr(router, '__name__', router)}: use a spec with Megatron's TopKRouter, or --moe-router-type topk"
+                )
+        original(self, config, submodules, *args, **kwargs)
+
+    return __init__
+
+
+def _builds(router: Any, base: type) -> bool:
+    builder = router.func if isinstance(router, functools.partial) else router
+    return isinstance(builder, type) and issubclass(builder, base)
+
+
+def _alltoall_dispatcher(original: type) -> Callable[..., Any]:
+    from megatron_et.dispatch import VariableFanoutAlltoAllTokenDispatcher
+    from megatron_et.router import resolve_config
+
+    def alltoall_dispatcher(*args: Any, config: Any, **kwargs: Any) -> Any:
+        chosen = VariableFanoutAlltoAllTokenDispatcher if resolve_config(config).active else original
+        return chosen(*args, config=config, **kwargs)
+
+    return alltoall_dispatcher

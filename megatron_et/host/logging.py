@@ -1,0 +1,125 @@
+"""Seam: training_log. Writes the metrics of the last committed global batch to TensorBoard, W&B, the console and the trace.
+
+Dimension letters: L MoE layers of the whole model, W numbers per layer (metrics.py).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_et.config import ExpertThresholdConfig
+from megatron_et.host import seam, state
+from megatron_et.metrics import LayerBatch, overall, pack, width
+
+TRACE_FILE = "et_trace.jsonl"
+TRACE_SCHEMA = 1
+
+
+def install() -> None:
+    """Bind the seam."""
+    seam.wrap("megatron.training.training", "training_log", _training_log)
+
+
+def _training_log(original: Callable[..., Any]) -> Callable[..., Any]:
+    def training_log(
+        loss_dict: Any, total_loss_dict: Any, learning_rate: Any, iteration: int, *rest: Any, **kw: Any
+    ) -> Any:
+        result = original(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **kw)
+        log_batch(iteration)
+        return result
+
+    return training_log
+
+
+def log_batch(iteration: int) -> None:
+    """Log the last global batch if this iteration is due; every rank calls it, the last rank writes."""
+    from megatron.training.global_vars import get_args
+
+    args = get_args()
+    et = ExpertThresholdConfig.from_args(args)
+    if not et.active:
+        return
+    to_console = iteration % args.log_interval == 0
+    to_writers = iteration % (args.tensorboard_log_interval or args.log_interval) == 0
+    if not (to_console or to_writers):
+        return
+    layers = gather_layers(args)
+    if not layers or args.rank != args.world_size - 1:
+        return
+    metrics = {number: batch.metrics() for number, batch in layers.items()}
+    summary = overall(metrics)
+    if to_writers:
+        _write_scalars(iteration, metrics, summary)
+    if to_console:
+        print(console_line(iteration, summary, next(iter(layers.values())).phase), flush=True)
+        if et.trace_dir is not None:
+            _append_trace(Path(et.trace_dir), iteration, args, layers)
+
+
+def gather_layers(args: Any) -> dict[int, LayerBatch]:
+    """Layer number -> its last global batch, on every rank, for the layers of all pipeline stages.
+
+    Counts are already summed over the data-parallel ranks; only pipeline stages have to be joined. Layers of
+    multi-token-prediction heads follow the decoder's.
+    """
+    from megatron.core import parallel_state
+
+    depth = args.num_layers + (getattr(args, "mtp_num_layers", None) or 0)
+    packed_LW = torch.zeros(
+        depth, width(args.num_experts) + 1, dtype=torch.float64, device=torch.cuda.current_device()
+    )
+    for router in state.trained_routers():
+        if router.last_batch is not None:
+            row = router.layer_number - 1 + (args.num_layers if router.is_mtp_layer else 0)
+            packed_LW[row, :-1] = pack(router.last_batch)
+            packed_LW[row, -1] = 1.0
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        torch.distributed.all_reduce(packed_LW, group=group)
+    packed_LW = packed_LW.cpu()
+    present = packed_LW[:, -1].nonzero().flatten().tolist()
+    return {row + 1: LayerBatch.unpack(packed_LW[row, :-1], args.num_experts) for row in present}
+
+
+def console_line(iteration: int, summary: Mapping[str, float], phase: str) -> str:
+    """One line for people, beside Megatron's own."""
+    return (
+        f" [megatron_et] iteration {iteration:8d} | phase {phase} | fan-out mean {summary['fanout_mean']:.3f} "
+        f"max {summary['fanout_max']:.0f} | usage min {summary['expert_usage_min']:.4f} max {summary['expert_usage_max']:.4f} | "
+        f"max violation {summary['max_violation']:.3f} | |cutoff - threshold| {summary['cutoff_gap']:.4f} | "
+        f"no expert {100 * summary['tokens_0_experts']:.1f} % of tokens | dead experts {summary['dead_experts']:.0f}"
+    )
+
+
+def _write_scalars(
+    iteration: int, metrics: Mapping[int, Mapping[str, float]], summary: Mapping[str, float]
+) -> None:
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    scalars = {f"moe/{name}": value for name, value in summary.items()}
+    for number, layer in metrics.items():
+        scalars |= {f"moe/{name}_layer_{number}": value for name, value in layer.items()}
+    if (writer := get_tensorboard_writer()) is not None:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.log(scalars, iteration)
+
+
+def _append_trace(folder: Path, iteration: int, args: Any, layers: Mapping[int, LayerBatch]) -> None:
+    first = next(iter(layers.values()))
+    line = {
+        "schema": TRACE_SCHEMA,
+        "step": iteration,
+        "phase": first.phase,
+        "tokens": int(first.counts.tokens),
+        "topk": args.moe_router_topk,
+        "num_experts": args.num_experts,
+        "layers": {str(number): batch.trace() for number, batch in layers.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / TRACE_FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,36 @@
+"""Starting a training process: CPU backend if asked for, then our seams, then the script."""
+
+import sys
+
+from megatron_et import cpu
+from megatron_et.rank_zero import say
+
+_QUESTIONS = {"-h", "--help"}
+
+
+def prepare_process() -> None:
+    """Make this process ready for a Megatron script: the CPU backend if MEGATRON_ET_CPU asks for it, then install().
+
+    Call it before anything imports Megatron. On the CPU backend the Megatron flags that a CPU run needs are put in front of
+    the user's, who can still override them.
+    """
+    if cpu.requested():
+        cpu.install()
+        if not _QUESTIONS & set(sys.argv[1:]):
+            sys.argv[1:1] = cpu.CPU_ARGS
+            say(f"CPU run: Megatron flags added: {' '.join(cpu.CPU_ARGS)}")
+    else:
+        _require_gpu()
+    from megatron_et import install
+
+    install()
+
+
+def _require_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available() and not _QUESTIONS & set(sys.argv[1:]):
+        sys.exit(
+            "megatron_et: no GPU is visible to this process. Check the driver and CUDA_VISIBLE_DEVICES; for a development run "
+            "on CPU set MEGATRON_ET_CPU=1."
+        )

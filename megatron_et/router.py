@@ -1,0 +1,175 @@
+"""ExpertThresholdRouter: the glue between the rule (routing.py) and Megatron's MoE layer.
+
+Dimension letters: T tokens of this rank's micro-batch, E experts.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_et import compatibility
+from megatron_et.config import ConfigError, ExpertThresholdConfig
+from megatron_et.quantile import capacity_bounds, expected_load
+from megatron_et.routing import expert_threshold
+from megatron_et.statistics import BatchRecord, RouterStatistics
+from megatron_et.threshold import ThresholdEMA
+
+CONFIG_ATTRIBUTE = "expert_threshold"
+"""Attribute of a TransformerConfig that holds an ExpertThresholdConfig, for users without megatron.training."""
+
+
+def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
+    """Settings for a layer: the TransformerConfig's attribute, else Megatron's global arguments, else plain top-k."""
+    attached = getattr(transformer_config, CONFIG_ATTRIBUTE, None)
+    if attached is not None:
+        return attached
+    try:
+        from megatron.training.global_vars import get_args
+
+        return ExpertThresholdConfig.from_args(get_args())
+    except (ImportError, AssertionError):
+        # No megatron.training, or its arguments were never parsed.
+        return ExpertThresholdConfig()
+
+
+class ExpertThresholdRouter(TopKRouter):
+    """Routes each token to every expert whose threshold its logit reaches (paper eq. 6; routing.py).
+
+    A drop-in for TopKRouter: `forward` (gating, jitter, forced balance) is Megatron's, `routing` is ours, and the routing map
+    it returns has any number of experts a token. While training it counts what it routes; the thresholds move only at the
+    global-batch boundary (synchronize.py), so that they are constant within a step.
+
+    Args:
+        config: Megatron's TransformerConfig; `moe_router_topk` is the target mean fan-out.
+        pg_collection: process groups, as for TopKRouter.
+        is_mtp_layer: whether the router belongs to a multi-token-prediction head.
+        et_config: settings; default: `resolve_config(config)`.
+
+    Raises:
+        ConfigError: a setting that ET does not run with, saying what to change.
+    """
+
+    committed_batches: torch.Tensor
+    """[1] int64, global batches that have moved the thresholds; drives the warm-up and survives resume."""
+
+    def __init__(
+        self,
+        config: Any,
+        pg_collection: Any = None,
+        is_mtp_layer: bool = False,
+        *,
+        et_config: ExpertThresholdConfig | None = None,
+    ) -> None:
+        et_config = resolve_config(config) if et_config is None else et_config
+        if not et_config.active:
+            raise ConfigError(
+                "ExpertThresholdRouter was built with --moe-router-type topk: choose expert-threshold or expert-choice, "
+                "or use Megatron's TopKRouter"
+            )
+        compatibility.check(config, et_config)
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        # TopKRouter keeps a copy of the balancing type, taken before `check` could have run elsewhere.
+        self.routing_type = config.moe_router_load_balancing_type
+        self.et_config = et_config
+        # Like Megatron's own router buffers: the weight may still be on the CPU here.
+        device = torch.cuda.current_device()
+        self.thresholds = ThresholdEMA(self.num_experts, et_config.ema_decay, device=device)
+        self.register_buffer("committed_batches", torch.zeros(1, dtype=torch.int64, device=device))
+        self._committed_batches_on_host: int | None = 0
+        self.statistics = RouterStatistics(self.num_experts, self.topk, device=device)
+        self.last_batch: BatchRecord | None = None
+
+    @property
+    def num_committed_batches(self) -> int:
+        """`committed_batches` as an int. Read from the device once after a load; commits keep it in step on the host."""
+        if self._committed_batches_on_host is None:
+            self._committed_batches_on_host = int(self.committed_batches.item())
+        return self._committed_batches_on_host
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route the logits of one micro-batch.
+
+        Args:
+            logits: [sequence, batch, experts] or [tokens, experts] fp32.
+            padding_mask: [sequence, batch] bool, True for padding (Megatron's docstrings say the contrary of its code).
+
+        Returns:
+            gates [tokens, experts] fp32 and routing_map [tokens, experts] bool.
+        """
+        logits_TE = logits.reshape(-1, self.num_experts)
+        padding_mask_T = None if padding_mask is None else padding_mask.reshape(-1)
+        logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_mask_T)
+        bounds = self._bounds(logits_TE.detach(), padding_mask_T) if self.training else None
+        lower_E, upper_E = bounds if bounds is not None else (None, None)
+        gates_TE, routing_map_TE = expert_threshold(
+            logits_TE,
+            self.thresholds.value,
+            lower=lower_E,
+            upper=upper_E,
+            padding_mask=padding_mask_T,
+            max_fanout=self.et_config.max_fanout,
+            gate_normalization=self.et_config.gate_normalization,
+        )
+        # With activation recompute the first forward runs without grad: each micro-batch is counted exactly once.
+        if self.training and torch.is_grad_enabled():
+            self.statistics.add(
+                logits_TE.detach(), routing_map_TE, self.thresholds.value, bounds, padding_mask_T
+            )
+        return gates_TE, routing_map_TE
+
+    def _bounds(
+        self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        capacity = self.et_config.capacity(self.num_committed_batches)
+        if capacity is None:
+            return None
+        num_tokens = logits_TE.shape[0] if padding_mask_T is None else (~padding_mask_T).sum()
+        k = expected_load(num_tokens, self.topk, self.num_experts)
+        return capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T)
+
+    def commit(self) -> None:
+        """Take over the proposed thresholds: the global batch counted."""
+        on_host = self.num_committed_batches
+        self.thresholds.commit()
+        self.committed_batches.add_(1)
+        self._committed_batches_on_host = on_host + 1
+
+    @property
+    def name(self) -> str:
+        """How messages call this router: 'layer 3' or 'MTP layer 1'."""
+        return f"{'MTP layer' if self.is_mtp_layer else 'layer'} {self.layer_number}"
+
+    def state_keys(self, prefix: str) -> list[str]:
+        """Names of this class's own entries in a state dict."""
+        return [prefix + name for name in ("thresholds.value", "thresholds.num_updates", "committed_batches")]
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's sharded state dict; without our entries while a checkpoint that has none is being loaded."""
+        state = super().sharded_state_dict(prefix, *args, **kwargs)
+        if LoadingWithoutThresholds.active:
+            for key in self.state_keys(prefix):
+                state.pop(key, None)
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._committed_batches_on_host = None
+        if LoadingWithoutThresholds.active:
+            # Fresh thresholds are this router's own, as built: putting them in keeps a strict load strict for all else.
+            own = self.state_dict(prefix=prefix)
+            state_dict.update({key: own[key].detach().clone() for key in self.state_keys(prefix)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class LoadingWithoutThresholds:
+    """Context in which routers load a checkpoint that holds no thresholds (top-k) and keep their own, fresh ones."""
+
+    active = False
+
+    def __enter__(self) -> None:
+        LoadingWithoutThresholds.active = True
+
+    def __exit__(self, *_: object) -> None:
+        LoadingWithoutThresholds.active = False

@@ -1,0 +1,179 @@
+"""The global-batch boundary: one reduction of the statistics of all layers, candidate thresholds, then commit or discard.
+
+    start_reduction(routers)  ->  finish_reduction(pending)  ->  commit(routers)  or  discard(routers)
+
+The integer counts of all routers of this rank travel in one all-reduce over the `tp_dp_cp` group: EP lies inside DP, pipeline
+stages hold other layers, and under sequence parallelism every rank of the group holds other tokens. Every rank computes the
+candidate from the same reduced numbers, so thresholds are bitwise equal on all replicas.
+
+Dimension letters: L routers of this rank, E experts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_et.errors import NonFiniteLogitsError
+from megatron_et.router import ExpertThresholdRouter
+from megatron_et.statistics import BatchCounts, BatchRecord
+
+
+@dataclass(frozen=True)
+class PendingReduction:
+    """A reduction in flight."""
+
+    routers: Sequence[ExpertThresholdRouter]
+    counts: torch.Tensor
+    cutoff_sums: torch.Tensor
+    handles: Sequence["torch.distributed.Work"]
+
+
+def routers_of(model_chunks: Iterable[torch.nn.Module] | torch.nn.Module) -> list[ExpertThresholdRouter]:
+    """All Expert Threshold routers of a model (or of its pipeline chunks), each once, in module order."""
+    chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else model_chunks
+    found = (m for chunk in chunks for m in chunk.modules() if isinstance(m, ExpertThresholdRouter))
+    return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReduction | None:
+    """Send the batch's statistics on their way and zero the accumulators; None when there is no router on this rank.
+
+    Asynchronous, so that it runs beside Megatron's gradient reduction.
+    """
+    if not routers:
+        return None
+    counts = torch.cat([router.statistics.counts for router in routers])
+    cutoff_sums = torch.cat([router.statistics.cutoff_sum for router in routers])
+    for router in routers:
+        router.statistics.reset()
+    group = routers[0].tp_dp_cp_group
+    handles = []
+    if group is not None and torch.distributed.is_initialized() and group.size() > 1:
+        handles = [
+            torch.distributed.all_reduce(tensor, group=group, async_op=True) for tensor in (counts, cutoff_sums)
+        ]
+    return PendingReduction(routers, counts, cutoff_sums, handles)
+
+
+@torch.no_grad()
+def finish_reduction(pending: PendingReduction | None) -> None:
+    """Wait for the reduction and give every router its candidate thresholds. Nothing is used before `commit`."""
+    if pending is None:
+        return
+    for handle in pending.handles:
+        handle.wait()
+    counts_L = pending.counts.split([BatchCounts.size(r.num_experts) for r in pending.routers])
+    cutoff_sums_L = pending.cutoff_sums.split([r.num_experts for r in pending.routers])
+    for router, counts_vector, cutoff_sum_E in zip(pending.routers, counts_L, cutoff_sums_L, strict=True):
+        counts = BatchCounts.split(counts_vector, router.num_experts)
+        cutoffs_E = cutoff_sum_E / counts.samples
+        router.thresholds.propose(cutoffs_E, valid=counts.samples > 0)
+        router.last_batch = BatchRecord(
+            counts=counts,
+            thresholds_E=router.thresholds.value.clone(),
+            cutoffs_E=cutoffs_E,
+            phase=router.et_config.phase(router.num_committed_batches),
+        )
+    router_nonfinite = torch.stack([r.last_batch.counts.nonfinite for r in pending.routers])
+    _NONFINITE.send(pending.routers, router_nonfinite)
+
+
+def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
+    """Take over the candidates: the step counted.
+
+    Raises:
+        NonFiniteLogitsError: a router saw NaN or infinite logits in this batch, on any rank of its group.
+    """
+    if not routers:
+        return
+    _NONFINITE.check()
+    for router in routers:
+        router.commit()
+
+
+def discard(routers: Sequence[ExpertThresholdRouter]) -> None:
+    """Drop candidates, records and accumulators: the step was skipped, rerun or aborted and leaves no trace."""
+    for router in routers:
+        router.thresholds.discard()
+        router.last_batch = None
+        router.statistics.reset()
+
+
+def finalize_thresholds(
+    model_chunks: Iterable[torch.nn.Module] | torch.nn.Module, *, skipped: bool = False
+) -> None:
+    """End a global batch in a training loop without megatron.training: reduce, then commit or discard.
+
+    Call it on every rank once per optimizer step, after the last backward pass.
+
+    Args:
+        model_chunks: the model, or the list of its pipeline chunks on this rank.
+        skipped: the optimizer step did not count (overflow); thresholds stay as they are.
+
+    Raises:
+        NonFiniteLogitsError: see `commit`.
+    """
+    routers = routers_of(model_chunks)
+    if skipped:
+        discard(routers)
+        return
+    finish_reduction(start_reduction(routers))
+    commit(routers)
+
+
+def raise_if_nonfinite_locally(routers: Sequence[ExpertThresholdRouter]) -> None:
+    """Name the first layer of this rank whose logits were NaN or infinite in the batch in flight.
+
+    For use when a training step has already failed (it waits for the device): Megatron's own message says only that the
+    loss is NaN.
+    """
+    for router in routers:
+        counts = BatchCounts.split(router.statistics.counts, router.num_experts)
+        _raise_if_nonfinite(router, int(counts.nonfinite))
+
+
+def _raise_if_nonfinite(router: ExpertThresholdRouter, nonfinite: int) -> None:
+    if nonfinite:
+        raise NonFiniteLogitsError(
+            f"{nonfinite} router logits of {router.name} were NaN or infinite in global batch "
+            f"{router.num_committed_batches + 1}; thresholds were left as they are. Look for the first layer with "
+            "non-finite activations (--check-for-nan-in-loss-and-grad is Megatron's own check), lower the learning rate, or "
+            "resume from the last checkpoint."
+        )
+
+
+class _NonFiniteCounts:
+    """Brings the counts of non-finite logits to the host without a synchronisation of its own.
+
+    The copy starts when the counts are known; it is read at commit, after the optimizer step, where Megatron has already
+    waited for the device.
+    """
+
+    def __init__(self) -> None:
+        self._routers: Sequence[ExpertThresholdRouter] = ()
+        self._host: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+
+    def send(self, routers: Sequence[ExpertThresholdRouter], nonfinite_L: torch.Tensor) -> None:
+        self._routers = routers
+        if nonfinite_L.is_cuda:
+            self._host = torch.empty(nonfinite_L.shape, dtype=nonfinite_L.dtype, pin_memory=True)
+            self._host.copy_(nonfinite_L, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._host, self._arrived = nonfinite_L, None
+
+    def check(self) -> None:
+        if self._host is None:
+            return
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        nonfinite, self._host = self._host.flatten().tolist(), None
+        for router, count in zip(self._routers, nonfinite, strict=True):
+            _raise_if_nonfinite(router, count)
+
+
+_NONFINITE = _NonFiniteCounts()

@@ -1,7 +1,7 @@
 """Expert Threshold routing for Megatron-Core (arXiv 2603.11535).
 
-    import megatron_et
-    megatron_et.install()          # then use Megatron as ever, with --moe-router-type expert-threshold
+import megatron_et
+megatron_et.install()          # then use Megatron as ever, with --moe-router-type expert-threshold
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: these import Megatron, which the CPU backend must come before and which `megatron-et --help` does not need.
+    # Lazy: these import Megatron, which the CPU backend must come before and which `megatron-et --help`
+    # does not need.
     if name in _LAZY:
         import importlib
 

@@ -1,6 +1,6 @@
 """Run an unmodified Megatron training script with Expert Threshold routing available:
 
-    torchrun --nproc-per-node 8 -m megatron_et pretrain_gpt.py --moe-router-type expert-threshold ...
+torchrun --nproc-per-node 8 -m megatron_et pretrain_gpt.py --moe-router-type expert-threshold ...
 """
 
 import runpy

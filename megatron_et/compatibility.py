@@ -1,7 +1,8 @@
-"""Which settings of Megatron go together with Expert Threshold routing, and why the others do not (invariant I8).
+"""Which settings of Megatron go together with Expert Threshold routing, and why the others do not (invariant
+I8).
 
-The rules read attributes that Megatron's parsed arguments and its TransformerConfig share, so that stock scripts are checked
-at start-up and API users when a router is built.
+The rules read attributes that Megatron's parsed arguments and its TransformerConfig share, so that stock
+scripts are checked at start-up and API users when a router is built.
 """
 
 from collections.abc import Callable, Collection
@@ -13,7 +14,8 @@ from megatron_et.config import ConfigError, ExpertThresholdConfig
 
 @dataclass(frozen=True)
 class Needed:
-    """A Megatron setting that ET needs: set when the user left it at Megatron's default, refused when it is something else."""
+    """A Megatron setting that ET needs: set when the user left it at Megatron's default, refused when it is
+    something else."""
 
     name: str
     value: Any
@@ -29,7 +31,9 @@ NEEDED = (
         "softmax",
         "the gate of a token is sigmoid(logit), independent of its other experts",
     ),
-    Needed("moe_router_dtype", "fp32", None, "in bf16 many logits tie at the threshold and expert loads jump"),
+    Needed(
+        "moe_router_dtype", "fp32", None, "in bf16 many logits tie at the threshold and expert loads jump"
+    ),
     Needed(
         "moe_router_load_balancing_type",
         "none",
@@ -82,7 +86,9 @@ REFUSALS = (
         "it corrects normalised top-k gates, and ET's gates are not normalised",
         "leave it out",
     ),
-    Refusal("--moe-router-pre-softmax", _get("moe_router_pre_softmax"), "the gate is a sigmoid", "leave it out"),
+    Refusal(
+        "--moe-router-pre-softmax", _get("moe_router_pre_softmax"), "the gate is a sigmoid", "leave it out"
+    ),
     Refusal(
         "--moe-router-fusion",
         _get("moe_router_fusion"),
@@ -115,14 +121,18 @@ REFUSALS = (
     ),
     Refusal(
         "--moe-router-padding-for-quantization",
-        lambda s: getattr(s, "moe_router_padding_for_quantization", False)
-        or getattr(s, "moe_router_padding_for_fp8", False),
+        lambda s: (
+            getattr(s, "moe_router_padding_for_quantization", False)
+            or getattr(s, "moe_router_padding_for_fp8", False)
+        ),
         "it adds unselected tokens to the routing map",
         "leave it out: the experts pad their own input",
     ),
     Refusal(
         "--moe-token-dispatcher-type flex",
-        lambda s: getattr(s, "moe_token_dispatcher_type", None) == "flex" or getattr(s, "moe_enable_deepep", False),
+        lambda s: (
+            getattr(s, "moe_token_dispatcher_type", None) == "flex" or getattr(s, "moe_enable_deepep", False)
+        ),
         "the flex dispatchers (DeepEP, HybridEP, NCCL-EP) have not been adapted to a varying fan-out yet",
         "use --moe-token-dispatcher-type alltoall or allgather",
     ),
@@ -135,7 +145,8 @@ REFUSALS = (
     Refusal(
         "--cuda-graph-impl",
         lambda s: getattr(s, "cuda_graph_impl", None) not in (None, "none"),
-        "a captured graph would freeze the routing of the phase in which it was captured (warm-up or thresholds)",
+        "a captured graph would freeze the routing of the phase in which it was captured (warm-up or "
+        "thresholds)",
         "leave it out",
     ),
     Refusal(
@@ -178,13 +189,15 @@ def violations(settings: Any) -> list[str]:
         found.append("--moe-router-type other than topk needs a MoE model: give --num-experts.")
     elif topk is not None and not 1 <= topk <= num_experts:
         found.append(
-            f"--moe-router-topk is {topk}: as the target mean fan-out it must lie between 1 and --num-experts {num_experts}."
+            f"--moe-router-topk is {topk}: as the target mean fan-out it must lie between 1 and "
+            f"--num-experts {num_experts}."
         )
     return found
 
 
 def apply_needed(settings: Any, explicit: Collection[str] = ()) -> list[str]:
-    """Set what ET needs and the user left alone; returns a short text `name=value` for each setting that was changed.
+    """Set what ET needs and the user left alone; returns a short text `name=value` for each setting that was
+    changed.
 
     Args:
         settings: Megatron's arguments or TransformerConfig, changed in place.
@@ -221,11 +234,14 @@ def check(settings: Any, et: ExpertThresholdConfig, explicit: Collection[str] = 
     topk = getattr(settings, "moe_router_topk", None)
     if et.max_fanout is not None and topk is not None and et.max_fanout < topk:
         problems.append(
-            f"--moe-et-max-fanout is {et.max_fanout}, below the target mean fan-out --moe-router-topk {topk}: "
+            f"--moe-et-max-fanout is {et.max_fanout}, below the target mean fan-out --moe-router-topk "
+            f"{topk}: "
             "no threshold can reach that target."
         )
     if et.max_fanout is not None and num_experts is not None and et.max_fanout > num_experts:
-        problems.append(f"--moe-et-max-fanout is {et.max_fanout}, above --num-experts {num_experts}: leave it out.")
+        problems.append(
+            f"--moe-et-max-fanout is {et.max_fanout}, above --num-experts {num_experts}: leave it out."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     return apply_needed(settings, explicit)

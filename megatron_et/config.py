@@ -1,6 +1,7 @@
 """ExpertThresholdConfig: every knob of Expert Threshold routing, its default, its meaning and its validation.
 
-This class is the single source of the command-line flags: `host/arguments.py` builds them from the fields below.
+This class is the single source of the command-line flags: `host/arguments.py` builds them from the fields
+below.
 """
 
 import argparse
@@ -33,8 +34,10 @@ class ExpertThresholdConfig:
     router_type: RouterType = _knob(
         "topk",
         "--moe-router-type",
-        "topk leaves Megatron untouched; expert-threshold routes each token to every expert whose threshold its "
-        "logit reaches; expert-choice trains with the k best tokens of each expert and evaluates by thresholds",
+        "topk leaves Megatron untouched; expert-threshold routes each token to every expert whose threshold "
+        "its "
+        "logit reaches; expert-choice trains with the k best tokens of each expert and evaluates by "
+        "thresholds",
     )
     ema_decay: float = _knob(
         0.999, "--moe-et-ema-decay", "beta of the threshold EMA, one update per committed global batch"
@@ -52,7 +55,8 @@ class ExpertThresholdConfig:
     capacity_factor: float | None = _knob(
         None,
         "--moe-et-capacity-factor",
-        "C: in training an expert takes between (1-C)k and (1+C)k tokens of the routing pool; none = no bound",
+        "C: in training an expert takes between (1-C)k and (1+C)k tokens of the routing pool; none = no "
+        "bound",
     )
     pool: Pool = _knob(
         "microbatch",
@@ -86,14 +90,20 @@ class ExpertThresholdConfig:
                 raise ConfigError(f"{knob.metadata['flag']} is {value!r}: choose one of {', '.join(allowed)}")
         self._require(0.0 <= self.ema_decay < 1.0, "ema_decay", "must be in [0, 1)")
         self._require(self.warmup_steps >= 0, "warmup_steps", "must be 0 or more global batches")
-        self._require(self.warmup_anneal_steps >= 0, "warmup_anneal_steps", "must be 0 or more global batches")
+        self._require(
+            self.warmup_anneal_steps >= 0, "warmup_anneal_steps", "must be 0 or more global batches"
+        )
         if self.capacity_factor is not None:
             finite = math.isfinite(self.capacity_factor)
-            self._require(finite and self.capacity_factor >= 0.0, "capacity_factor", "must be finite and >= 0")
+            self._require(
+                finite and self.capacity_factor >= 0.0, "capacity_factor", "must be finite and >= 0"
+            )
         if self.max_fanout is not None:
             self._require(self.max_fanout >= 1, "max_fanout", "must be at least 1 expert a token")
         if self.router_type == "expert-choice":
-            why = "has no effect with --moe-router-type expert-choice, which always trains at C=0: leave it out"
+            why = (
+                "has no effect with --moe-router-type expert-choice, which always trains at C=0: leave it out"
+            )
             self._require(self.capacity_factor is None, "capacity_factor", why)
             self._require(self.warmup_anneal_steps == 0, "warmup_anneal_steps", why)
 
@@ -109,8 +119,9 @@ class ExpertThresholdConfig:
     def capacity(self, committed_batches: int) -> float | None:
         """Capacity factor C in force for the next training batch; None means that nothing bounds the load.
 
-        0 in the warm-up (Expert Choice). While annealing it grows from 0 to the training capacity: linearly to a finite
-        one, and as x / (1 - x) of the annealed share x to an infinite one, so that neither end jumps.
+        0 in the warm-up (Expert Choice). While annealing it grows from 0 to the training capacity: linearly
+        to a finite one, and as x / (1 - x) of the annealed share x to an infinite one, so that neither end
+        jumps.
 
         Args:
             committed_batches: global batches that have already moved the thresholds.
@@ -132,7 +143,9 @@ class ExpertThresholdConfig:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:
         """Read the settings from parsed arguments; a missing attribute keeps its default."""
-        values = {knob.name: getattr(args, dest_of(knob.name), knob.default) for knob in fields(cls)}
+        values: dict[str, Any] = {
+            knob.name: getattr(args, dest_of(knob.name), knob.default) for knob in fields(cls)
+        }
         return cls(**values)
 
 

@@ -10,8 +10,8 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 class VariableFanoutAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """Megatron's alltoall dispatcher with the send buffer sized by the routing map.
 
-    The number of rows to send is known on the device only. Megatron copies the split sizes to the host anyway; the one copy
-    and its synchronisation move before the permutation, and none is added.
+    The number of rows to send is known on the device only. Megatron copies the split sizes to the host
+    anyway; the one copy and its synchronisation move before the permutation, and none is added.
     """
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:

@@ -71,14 +71,19 @@ def _require_data(args: argparse.Namespace) -> None:
     blend, per_split = get_blend_and_blend_per_split(args)
     blends = [blend] if blend is not None else [split for split in per_split or () if split is not None]
     if not blends:
-        raise SystemExit("no training data: give --data-path PREFIX (of PREFIX.bin and PREFIX.idx), or --mock-data")
+        raise SystemExit(
+            "no training data: give --data-path PREFIX (of PREFIX.bin and PREFIX.idx), or --mock-data"
+        )
     from pathlib import Path
 
     prefixes = [prefix for prefixes, _ in blends for prefix in prefixes]
-    missing = [p + end for p in prefixes if "://" not in p for end in (".bin", ".idx") if not Path(p + end).is_file()]
+    missing = [
+        p + end for p in prefixes if "://" not in p for end in (".bin", ".idx") if not Path(p + end).is_file()
+    ]
     if missing:
         raise SystemExit(
-            f"dataset file not found: {', '.join(missing)}. `megatron-et prepare` writes PREFIX.bin and PREFIX.idx; give "
+            f"dataset file not found: {', '.join(missing)}. `megatron-et prepare` writes PREFIX.bin and "
+            "PREFIX.idx; give "
             "PREFIX to --data-path without its ending."
         )
 
@@ -145,7 +150,8 @@ def _builds_dataset(vp_stage: int | None = None) -> bool:
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
-    """Pipeline ranks that hold word embeddings: the first, the last when embeddings are tied, and those of MTP heads."""
+    """Pipeline ranks that hold word embeddings: the first, the last when embeddings are tied, and those of
+    MTP heads."""
     args = get_args()
     ranks = {pp_ranks[0]}
     if len(pp_ranks) > 1:
@@ -156,14 +162,17 @@ def embedding_ranks(pp_ranks: list[int]) -> list[int]:
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None, vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next micro-batch: FIELDS, each [B, S] (attention_mask [B, 1, S, S]), or None per field."""
+    """This rank's part of the next micro-batch: FIELDS, each [B, S] (attention_mask [B, 1, S, S]), or None
+    per field."""
     if not _needs_batch(vp_stage):
         return dict.fromkeys(FIELDS)
     args = get_args()
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
     if tp_rank == 0:
-        assert data_iterator is not None, "tensor-parallel rank 0 of a stage that needs data has no data iterator"
+        assert data_iterator is not None, (
+            "tensor-parallel rank 0 of a stage that needs data has no data iterator"
+        )
         loaded = next(data_iterator)
         batch = {
             name: value.cuda(non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -9,10 +9,11 @@ _QUESTIONS = {"-h", "--help"}
 
 
 def prepare_process() -> None:
-    """Make this process ready for a Megatron script: the CPU backend if MEGATRON_ET_CPU asks for it, then install().
+    """Make this process ready for a Megatron script: the CPU backend if MEGATRON_ET_CPU asks for it, then
+    install().
 
-    Call it before anything imports Megatron. On the CPU backend the Megatron flags that a CPU run needs are put in front of
-    the user's, who can still override them.
+    Call it before anything imports Megatron. On the CPU backend the Megatron flags that a CPU run needs are
+    put in front of the user's, who can still override them.
     """
     if cpu.requested():
         cpu.install()
@@ -31,6 +32,7 @@ def _require_gpu() -> None:
 
     if not torch.cuda.is_available() and not _QUESTIONS & set(sys.argv[1:]):
         sys.exit(
-            "megatron_et: no GPU is visible to this process. Check the driver and CUDA_VISIBLE_DEVICES; for a development run "
+            "megatron_et: no GPU is visible to this process. Check the driver and CUDA_VISIBLE_DEVICES; for "
+            "a development run "
             "on CPU set MEGATRON_ET_CPU=1."
         )

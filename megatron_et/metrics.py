@@ -3,7 +3,7 @@
 Dimension letters: E experts, F = E + 1 fan-outs, W = width(E) numbers that describe a layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +38,12 @@ def width(num_experts: int) -> int:
 
 
 def pack(record: BatchRecord) -> torch.Tensor:
-    """One layer's record as a vector [W] fp64, which holds counts up to 2**53 exactly; summed with zeros over PP ranks."""
+    """One layer's record as a vector [W] fp64, which holds counts up to 2**53 exactly; summed with zeros over
+    PP ranks."""
     counts = torch.cat([getattr(record.counts, name) for name in BatchCounts.__dataclass_fields__]).double()
     phase = counts.new_tensor([PHASES.index(record.phase)])
-    # NaN (a batch without a quantile) would survive the sum over pipeline stages: it travels as it is, rows are disjoint.
+    # NaN (a batch without a quantile) would survive the sum over pipeline stages: it travels as it is, rows
+    # are disjoint.
     return torch.cat([counts, record.thresholds_E.double(), record.cutoffs_E, phase])
 
 
@@ -71,7 +73,8 @@ class LayerBatch:
         return self.counts.at_bound_E / self.counts.micro_batches.clamp(min=1)
 
     def metrics(self) -> dict[str, float]:
-        """Every metric of METRICS. Shares are in [0, 1] of tokens or experts; thresholds are on the logits' scale."""
+        """Every metric of METRICS. Shares are in [0, 1] of tokens or experts; thresholds are on the logits'
+        scale."""
         usage_E = self.usage_E()
         tokens = max(int(self.counts.tokens), 1)
         share_F = self.counts.fanout_F / tokens
@@ -110,7 +113,12 @@ class LayerBatch:
 
 def overall(layers: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     """The model's metrics from its layers', reduced as METRICS says."""
-    reduce = {"min": min, "max": max, "sum": sum, "mean": lambda values: sum(values) / len(values)}
+    reduce: dict[str, Callable[[list[float]], float]] = {
+        "min": min,
+        "max": max,
+        "sum": sum,
+        "mean": lambda values: sum(values) / len(values),
+    }
     return {
         name: reduce[how]([metrics[name] for metrics in layers.values()]) for name, how in METRICS.items()
     }

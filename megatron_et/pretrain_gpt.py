@@ -1,8 +1,10 @@
 """GPT pretraining with Megatron-Core from pip packages alone, Expert Threshold routing available:
 
-    torchrun --nproc-per-node 8 -m megatron_et.pretrain_gpt --moe-router-type expert-threshold <Megatron's GPT flags>
+    torchrun --nproc-per-node 8 -m megatron_et.pretrain_gpt --moe-router-type expert-threshold <Megatron's GPT
+    flags>
 
-Teams with a Megatron-LM checkout run their own script instead: `python -m megatron_et pretrain_gpt.py <flags>`.
+Teams with a Megatron-LM checkout run their own script instead: `python -m megatron_et pretrain_gpt.py
+<flags>`.
 """
 
 

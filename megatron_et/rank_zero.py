@@ -4,7 +4,8 @@ import os
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the job's first (RANK as torchrun and srun set it; also before torch.distributed is up)."""
+    """Whether this process is the job's first (RANK as torchrun and srun set it; also before
+    torch.distributed is up)."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

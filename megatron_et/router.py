@@ -16,11 +16,13 @@ from megatron_et.statistics import BatchRecord, RouterStatistics
 from megatron_et.threshold import ThresholdEMA
 
 CONFIG_ATTRIBUTE = "expert_threshold"
-"""Attribute of a TransformerConfig that holds an ExpertThresholdConfig, for users without megatron.training."""
+"""Attribute of a TransformerConfig that holds an ExpertThresholdConfig, for users without
+megatron.training."""
 
 
 def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
-    """Settings for a layer: the TransformerConfig's attribute, else Megatron's global arguments, else plain top-k."""
+    """Settings for a layer: the TransformerConfig's attribute, else Megatron's global arguments, else plain
+    top-k."""
     attached = getattr(transformer_config, CONFIG_ATTRIBUTE, None)
     if attached is not None:
         return attached
@@ -36,9 +38,10 @@ def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
 class ExpertThresholdRouter(TopKRouter):
     """Routes each token to every expert whose threshold its logit reaches (paper eq. 6; routing.py).
 
-    A drop-in for TopKRouter: `forward` (gating, jitter, forced balance) is Megatron's, `routing` is ours, and the routing map
-    it returns has any number of experts a token. While training it counts what it routes; the thresholds move only at the
-    global-batch boundary (synchronize.py), so that they are constant within a step.
+    A drop-in for TopKRouter: `forward` (gating, jitter, forced balance) is Megatron's, `routing` is ours, and
+    the routing map it returns has any number of experts a token. While training it counts what it routes; the
+    thresholds move only at the global-batch boundary (synchronize.py), so that they are constant within a
+    step.
 
     Args:
         config: Megatron's TransformerConfig; `moe_router_topk` is the target mean fan-out.
@@ -64,7 +67,8 @@ class ExpertThresholdRouter(TopKRouter):
         et_config = resolve_config(config) if et_config is None else et_config
         if not et_config.active:
             raise ConfigError(
-                "ExpertThresholdRouter was built with --moe-router-type topk: choose expert-threshold or expert-choice, "
+                "ExpertThresholdRouter was built with --moe-router-type topk: choose expert-threshold or "
+                "expert-choice, "
                 "or use Megatron's TopKRouter"
             )
         compatibility.check(config, et_config)
@@ -82,7 +86,8 @@ class ExpertThresholdRouter(TopKRouter):
 
     @property
     def num_committed_batches(self) -> int:
-        """`committed_batches` as an int. Read from the device once after a load; commits keep it in step on the host."""
+        """`committed_batches` as an int. Read from the device once after a load; commits keep it in step on
+        the host."""
         if self._committed_batches_on_host is None:
             self._committed_batches_on_host = int(self.committed_batches.item())
         return self._committed_batches_on_host
@@ -94,7 +99,8 @@ class ExpertThresholdRouter(TopKRouter):
 
         Args:
             logits: [sequence, batch, experts] or [tokens, experts] fp32.
-            padding_mask: [sequence, batch] bool, True for padding (Megatron's docstrings say the contrary of its code).
+            padding_mask: [sequence, batch] bool, True for padding (Megatron's docstrings say the contrary of
+                its code).
 
         Returns:
             gates [tokens, experts] fp32 and routing_map [tokens, experts] bool.
@@ -113,7 +119,8 @@ class ExpertThresholdRouter(TopKRouter):
             max_fanout=self.et_config.max_fanout,
             gate_normalization=self.et_config.gate_normalization,
         )
-        # With activation recompute the first forward runs without grad: each micro-batch is counted exactly once.
+        # With activation recompute the first forward runs without grad: each micro-batch is counted exactly
+        # once.
         if self.training and torch.is_grad_enabled():
             self.statistics.add(
                 logits_TE.detach(), routing_map_TE, self.thresholds.value, bounds, padding_mask_T
@@ -147,24 +154,29 @@ class ExpertThresholdRouter(TopKRouter):
         return [prefix + name for name in ("thresholds.value", "thresholds.num_updates", "committed_batches")]
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Megatron's sharded state dict; without our entries while a checkpoint that has none is being loaded."""
+        """Megatron's sharded state dict; without our entries while a checkpoint that has none is being
+        loaded."""
         state = super().sharded_state_dict(prefix, *args, **kwargs)
         if LoadingWithoutThresholds.active:
             for key in self.state_keys(prefix):
                 state.pop(key, None)
         return state
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         self._committed_batches_on_host = None
         if LoadingWithoutThresholds.active:
-            # Fresh thresholds are this router's own, as built: putting them in keeps a strict load strict for all else.
+            # Fresh thresholds are this router's own, as built: putting them in keeps a strict load strict for
+            # all else.
             own = self.state_dict(prefix=prefix)
             state_dict.update({key: own[key].detach().clone() for key in self.state_keys(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class LoadingWithoutThresholds:
-    """Context in which routers load a checkpoint that holds no thresholds (top-k) and keep their own, fresh ones."""
+    """Context in which routers load a checkpoint that holds no thresholds (top-k) and keep their own, fresh
+    ones."""
 
     active = False
 

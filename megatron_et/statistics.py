@@ -1,4 +1,5 @@
-"""What one router counts in a global batch: integers that add up over micro-batches and ranks, whatever the layout.
+"""What one router counts in a global batch: integers that add up over micro-batches and ranks, whatever the
+layout.
 
 Dimension letters: T tokens, E experts, F = E + 1 fan-outs (0..E).
 """
@@ -17,7 +18,8 @@ class BatchCounts:
     usage_E: torch.Tensor
     """Tokens that each expert took."""
     at_bound_E: torch.Tensor
-    """Micro-batches (over all ranks) in which a capacity bound, not the threshold, decided the expert's load."""
+    """Micro-batches (over all ranks) in which a capacity bound, not the threshold, decided the expert's
+    load."""
     fanout_F: torch.Tensor
     """Tokens with 0, 1, ..., E routed experts."""
     tokens: torch.Tensor
@@ -43,7 +45,8 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """What one router did in a global batch, summed over all its ranks; kept until the next batch for logging."""
+    """What one router did in a global batch, summed over all its ranks; kept until the next batch for
+    logging."""
 
     counts: BatchCounts
     thresholds_E: torch.Tensor
@@ -55,11 +58,12 @@ class BatchRecord:
 
 
 class RouterStatistics:
-    """Accumulators of one router for the global batch in flight. Never saved: a checkpoint falls between batches.
+    """Accumulators of one router for the global batch in flight. Never saved: a checkpoint falls between
+    batches.
 
-    `counts` holds everything that is an integer. `cutoff_sum` is the paper's estimator: the sum of per-micro-batch k-th
-    largest logits, whose mean stands for the quantile of the global batch. fp64, so that the order of adding fp32 values
-    does not show in the fp32 threshold.
+    `counts` holds everything that is an integer. `cutoff_sum` is the paper's estimator: the sum of
+    per-micro-batch k-th largest logits, whose mean stands for the quantile of the global batch. fp64, so that
+    the order of adding fp32 values does not show in the fp32 threshold.
     """
 
     def __init__(
@@ -67,7 +71,8 @@ class RouterStatistics:
     ) -> None:
         self.num_experts = num_experts
         self.topk = topk
-        # Plain tensors, not buffers: Float16Module would cast the sum, and wrappers would save or broadcast both.
+        # Plain tensors, not buffers: Float16Module would cast the sum, and wrappers would save or broadcast
+        # both.
         self.counts = torch.zeros(BatchCounts.size(num_experts), dtype=torch.int64, device=device)
         self.cutoff_sum = torch.zeros(num_experts, dtype=torch.float64, device=device)
 
@@ -106,7 +111,9 @@ class RouterStatistics:
         now.nonfinite.add_((nonfinite_T * valid_T).sum())
         if bounds is not None:
             now.at_bound_E.add_((bounds[0] > thresholds_E) | (bounds[1] < thresholds_E))
-        self._add_cutoffs(logits_TE, valid_T.sum() if padding_mask_T is not None else num_tokens, padding_mask_T, now)
+        self._add_cutoffs(
+            logits_TE, valid_T.sum() if padding_mask_T is not None else num_tokens, padding_mask_T, now
+        )
 
     def _add_cutoffs(
         self,

@@ -1,10 +1,12 @@
-"""The global-batch boundary: one reduction of the statistics of all layers, candidate thresholds, then commit or discard.
+"""The global-batch boundary: one reduction of the statistics of all layers, candidate thresholds, then commit
+or discard.
 
     start_reduction(routers)  ->  finish_reduction(pending)  ->  commit(routers)  or  discard(routers)
 
-The integer counts of all routers of this rank travel in one all-reduce over the `tp_dp_cp` group: EP lies inside DP, pipeline
-stages hold other layers, and under sequence parallelism every rank of the group holds other tokens. Every rank computes the
-candidate from the same reduced numbers, so thresholds are bitwise equal on all replicas.
+The integer counts of all routers of this rank travel in one all-reduce over the `tp_dp_cp` group: EP lies
+inside DP, pipeline stages hold other layers, and under sequence parallelism every rank of the group holds
+other tokens. Every rank computes the candidate from the same reduced numbers, so thresholds are bitwise equal
+on all replicas.
 
 Dimension letters: L routers of this rank, E experts.
 """
@@ -38,7 +40,8 @@ def routers_of(model_chunks: Iterable[torch.nn.Module] | torch.nn.Module) -> lis
 
 @torch.no_grad()
 def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReduction | None:
-    """Send the batch's statistics on their way and zero the accumulators; None when there is no router on this rank.
+    """Send the batch's statistics on their way and zero the accumulators; None when there is no router on
+    this rank.
 
     Asynchronous, so that it runs beside Megatron's gradient reduction.
     """
@@ -52,32 +55,35 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
     handles = []
     if group is not None and torch.distributed.is_initialized() and group.size() > 1:
         handles = [
-            torch.distributed.all_reduce(tensor, group=group, async_op=True) for tensor in (counts, cutoff_sums)
+            torch.distributed.all_reduce(tensor, group=group, async_op=True)
+            for tensor in (counts, cutoff_sums)
         ]
     return PendingReduction(routers, counts, cutoff_sums, handles)
 
 
 @torch.no_grad()
 def finish_reduction(pending: PendingReduction | None) -> None:
-    """Wait for the reduction and give every router its candidate thresholds. Nothing is used before `commit`."""
+    """Wait for the reduction and give every router its candidate thresholds. Nothing is used before
+    `commit`."""
     if pending is None:
         return
     for handle in pending.handles:
         handle.wait()
     counts_L = pending.counts.split([BatchCounts.size(r.num_experts) for r in pending.routers])
+    nonfinite = []
     cutoff_sums_L = pending.cutoff_sums.split([r.num_experts for r in pending.routers])
     for router, counts_vector, cutoff_sum_E in zip(pending.routers, counts_L, cutoff_sums_L, strict=True):
         counts = BatchCounts.split(counts_vector, router.num_experts)
         cutoffs_E = cutoff_sum_E / counts.samples
         router.thresholds.propose(cutoffs_E, valid=counts.samples > 0)
+        nonfinite.append(counts.nonfinite)
         router.last_batch = BatchRecord(
             counts=counts,
             thresholds_E=router.thresholds.value.clone(),
             cutoffs_E=cutoffs_E,
             phase=router.et_config.phase(router.num_committed_batches),
         )
-    router_nonfinite = torch.stack([r.last_batch.counts.nonfinite for r in pending.routers])
-    _NONFINITE.send(pending.routers, router_nonfinite)
+    _NONFINITE.send(pending.routers, torch.cat(nonfinite))
 
 
 def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
@@ -94,7 +100,8 @@ def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
 
 
 def discard(routers: Sequence[ExpertThresholdRouter]) -> None:
-    """Drop candidates, records and accumulators: the step was skipped, rerun or aborted and leaves no trace."""
+    """Drop candidates, records and accumulators: the step was skipped, rerun or aborted and leaves no
+    trace."""
     for router in routers:
         router.thresholds.discard()
         router.last_batch = None
@@ -126,8 +133,8 @@ def finalize_thresholds(
 def raise_if_nonfinite_locally(routers: Sequence[ExpertThresholdRouter]) -> None:
     """Name the first layer of this rank whose logits were NaN or infinite in the batch in flight.
 
-    For use when a training step has already failed (it waits for the device): Megatron's own message says only that the
-    loss is NaN.
+    For use when a training step has already failed (it waits for the device): Megatron's own message says
+    only that the loss is NaN.
     """
     for router in routers:
         counts = BatchCounts.split(router.statistics.counts, router.num_experts)
@@ -138,8 +145,10 @@ def _raise_if_nonfinite(router: ExpertThresholdRouter, nonfinite: int) -> None:
     if nonfinite:
         raise NonFiniteLogitsError(
             f"{nonfinite} router logits of {router.name} were NaN or infinite in global batch "
-            f"{router.num_committed_batches + 1}; thresholds were left as they are. Look for the first layer with "
-            "non-finite activations (--check-for-nan-in-loss-and-grad is Megatron's own check), lower the learning rate, or "
+            f"{router.num_committed_batches + 1}; thresholds were left as they are. Look for the first "
+            "layer with "
+            "non-finite activations (--check-for-nan-in-loss-and-grad is Megatron's own check), lower the "
+            "learning rate, or "
             "resume from the last checkpoint."
         )
 
@@ -147,8 +156,8 @@ def _raise_if_nonfinite(router: ExpertThresholdRouter, nonfinite: int) -> None:
 class _NonFiniteCounts:
     """Brings the counts of non-finite logits to the host without a synchronisation of its own.
 
-    The copy starts when the counts are known; it is read at commit, after the optimizer step, where Megatron has already
-    waited for the device.
+    The copy starts when the counts are known; it is read at commit, after the optimizer step, where Megatron
+    has already waited for the device.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""The thresholds of one router: an EMA of population quantiles, with bias correction and a candidate that may be dropped.
+"""The thresholds of one router: an EMA of population quantiles, with bias correction and a candidate that may
+be dropped.
 
 Dimension letters: E experts.
 """
@@ -13,12 +14,14 @@ import torch
 class ThresholdEMA(torch.nn.Module):
     """Thresholds `value` and the number of updates that made them; both are saved with the model.
 
-    The paper keeps a raw EMA from zero and routes with raw / (1 - beta**n). The same numbers come from the corrected value
-    alone when its n-th step is weighted: value += (1 - beta) / (1 - beta**n) * (cutoff - value). Only that is stored: it is
-    what routes, what is checkpointed, and what an inference engine needs. The first update copies the cutoffs.
+    The paper keeps a raw EMA from zero and routes with raw / (1 - beta**n). The same numbers come from the
+    corrected value alone when its n-th step is weighted: value += (1 - beta) / (1 - beta**n) * (cutoff -
+    value). Only that is stored: it is what routes, what is checkpointed, and what an inference engine needs.
+    The first update copies the cutoffs.
 
-    An update has two halves, since only after the optimizer step is known whether the global batch counted: `propose`
-    computes a candidate, `commit` makes it the thresholds, `discard` drops it. Nothing synchronises with the host.
+    An update has two halves, since only after the optimizer step is known whether the global batch counted:
+    `propose` computes a candidate, `commit` makes it the thresholds, `discard` drops it. Nothing synchronises
+    with the host.
 
     Args:
         num_experts: E.
@@ -53,7 +56,8 @@ class ThresholdEMA(torch.nn.Module):
 
         Args:
             cutoffs_E: [E], k-th largest logits of the global batch.
-            valid: one bool; False (no token in the whole batch) leaves thresholds and their count as they are.
+            valid: one bool; False (no token in the whole batch) leaves thresholds and their count as they
+                are.
         """
         updates = self.num_updates + 1
         log_decay = math.log(self.decay) if self.decay > 0.0 else -math.inf
@@ -86,8 +90,9 @@ class ThresholdEMA(torch.nn.Module):
         self.commit()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        # Float16Module casts every floating buffer of the model; thresholds must stay fp32 (invariant I7), so only the
-        # device that `fn` moves tensors to is taken over. Meta tensors come to life as fresh thresholds.
+        # Float16Module casts every floating buffer of the model; thresholds must stay fp32 (invariant I7), so
+        # only the device that `fn` moves tensors to is taken over. Meta tensors come to life as fresh
+        # thresholds.
         def move(tensor: torch.Tensor) -> torch.Tensor:
             device = fn(tensor.new_empty(0)).device
             return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)

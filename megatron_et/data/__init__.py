@@ -29,6 +29,8 @@ def staged(*targets: Path) -> Iterator[list[Path]]:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     folder = targets[0].parent
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     # Inside the target's folder: a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=".megatron-et-", dir=folder) as scratch:

@@ -145,7 +145,7 @@ def build_corpus(
                 if source.domain == domain and is_held_out(source.file, valid_percent) == (split == "valid")
             ]
             budget = _Budget(_split_limit(max_bytes_per_domain, valid_percent, split))
-            sizes[name] = _write_split(drafts[name], chosen, seen, budget, advance)
+            sizes[name] = _write_split(drafts[name], chosen, seen, budget, advance, held_out=split == "valid")
             if sizes[name].documents == 0:
                 raise ValueError(
                     f"max_bytes_per_domain={max_bytes_per_domain} leaves no document for {name}: raise it or "
@@ -171,14 +171,23 @@ def _split_limit(max_bytes_per_domain: int | None, valid_percent: int, split: st
 
 
 def _write_split(
-    path: Path, sources: list[_Source], seen: set[bytes], budget: _Budget, advance: Callable[[int], None]
+    path: Path,
+    sources: list[_Source],
+    seen: set[bytes],
+    budget: _Budget,
+    advance: Callable[[int], None],
+    *,
+    held_out: bool,
 ) -> SplitSize:
-    """Writes the documents of one domain and split; `seen` collects the digests of all texts so far."""
+    """Writes the documents of one domain and split; `seen` collects the digests of all texts so far.
+
+    Held-out files are all read, so that no text of theirs gets into training, even of those that do not fit.
+    """
     documents = size = 0
     with path.open("w", encoding="utf-8") as file:
         for source in sources:
             advance(source.size)
-            if budget.full:
+            if budget.full and not held_out:
                 continue
             text = _new_text(source, seen)
             if text is None or not budget.take(len(text.encode())):
@@ -274,7 +283,7 @@ def _read_text(path: Path) -> str:
 def _read_code(path: Path) -> list[str]:
     text = _read_text(path)
     digits = sum(text.count(digit) for digit in "0123456789")
-    if _GENERATED.search(text[:_GENERATED_HEAD_CHARS]) or digits > _MAX_DIGIT_SHARE * len(text):
+    if not text or _GENERATED.search(text[:_GENERATED_HEAD_CHARS]) or digits > _MAX_DIGIT_SHARE * len(text):
         return []
     return [text]
 

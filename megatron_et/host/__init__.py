@@ -2,8 +2,10 @@
 
 | file | seam | what for |
 | --- | --- | --- |
-| arguments.py | `add_megatron_arguments`, `validate_args`, `load_args_from_checkpoint` | flags, refusals, --use-checkpoint-args |
-| layer.py | `MoELayer.__init__`, `moe_layer.MoEAlltoAllTokenDispatcher` | our router and dispatcher in every MoE layer |
+| arguments.py | `add_megatron_arguments`, `validate_args` | flags and refusals |
+| arguments.py | `load_args_from_checkpoint` | --use-checkpoint-args |
+| layer.py | `MoELayer.__init__` | our router in every MoE layer |
+| layer.py | `moe_layer.MoEAlltoAllTokenDispatcher` | a dispatcher for any fan-out |
 | grads.py | `finalize_model_grads` | reduce the batch's statistics beside the gradients |
 | step.py | `train_step` | commit or discard once the optimizer step is known to count |
 | logging.py | `training_log` | TensorBoard, W&B, console line, trace |
@@ -19,7 +21,8 @@ _installed = False
 
 
 def install() -> None:
-    """Put Expert Threshold routing into Megatron-Core. Idempotent; call it before Megatron parses its arguments.
+    """Put Expert Threshold routing into Megatron-Core. Idempotent; call it before Megatron parses its
+    arguments.
 
     With `--moe-router-type topk` (the default) Megatron behaves exactly as without this package.
 

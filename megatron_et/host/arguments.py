@@ -1,4 +1,5 @@
-"""Seam: Megatron's arguments. Flags come from ExpertThresholdConfig; refusals and defaults from compatibility.py."""
+"""Seam: Megatron's arguments. Flags come from ExpertThresholdConfig; refusals and defaults from
+compatibility.py."""
 
 import argparse
 import sys
@@ -41,7 +42,8 @@ def explicit_names(argv: list[str]) -> set[str]:
 
 
 def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConfig:
-    """Validate our flags against Megatron's before Megatron validates its own; set what ET needs and say so once.
+    """Validate our flags against Megatron's before Megatron validates its own; set what ET needs and say so
+    once.
 
     Raises:
         ConfigError: everything that is wrong, each with its remedy.
@@ -52,13 +54,15 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConf
         if orphans:
             given = ", ".join("--" + name.replace("_", "-") for name in orphans)
             raise ConfigError(
-                f"{given} has no effect with --moe-router-type topk: add --moe-router-type expert-threshold, or leave it out."
+                f"{given} has no effect with --moe-router-type topk: add --moe-router-type "
+                "expert-threshold, or leave it out."
             )
         return et
     changed = compatibility.check(args, et, explicit)
     needed = f"; set {', '.join(changed)}" if changed else ""
     say(
-        f"--moe-router-type {et.router_type}: target mean fan-out {args.moe_router_topk} of {args.num_experts} experts "
+        f"--moe-router-type {et.router_type}: target mean fan-out {args.moe_router_topk} of "
+        f"{args.num_experts} experts "
         f"(rate {args.moe_router_topk / args.num_experts:.4f}), warm-up {et.warmup_steps} global batches, "
         f"EMA decay {et.ema_decay}{needed}"
     )
@@ -75,9 +79,12 @@ def check_pool(args: argparse.Namespace) -> None:
     pool = args.micro_batch_size * args.seq_length // split
     if expected_load(pool, args.moe_router_topk, args.num_experts) < 1:
         raise ConfigError(
-            f"a micro-batch has {pool} tokens on a rank (--micro-batch-size {args.micro_batch_size} x --seq-length "
-            f"{args.seq_length} / {split} ranks of context and sequence parallelism): fewer than --num-experts "
-            f"{args.num_experts} / --moe-router-topk {args.moe_router_topk}, so no expert would get one token. "
+            f"a micro-batch has {pool} tokens on a rank (--micro-batch-size {args.micro_batch_size} x "
+            "--seq-length "
+            f"{args.seq_length} / {split} ranks of context and sequence parallelism): fewer than "
+            "--num-experts "
+            f"{args.num_experts} / --moe-router-topk {args.moe_router_topk}, so no expert would get one "
+            "token. "
             "Raise --micro-batch-size."
         )
 
@@ -114,7 +121,8 @@ def _load_args_from_checkpoint(original: Callable[..., Any]) -> Callable[..., An
 
 
 def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set[str]) -> None:
-    """--use-checkpoint-args: take our flags from the checkpoint's arguments unless the command line gives them."""
+    """--use-checkpoint-args: take our flags from the checkpoint's arguments unless the command line gives
+    them."""
     for knob in fields(ExpertThresholdConfig):
         name = dest_of(knob.name)
         if knob.name != "trace_dir" and name not in explicit and hasattr(saved, name):

@@ -1,8 +1,8 @@
 """Seam: loading a checkpoint that was written without thresholds (plain Megatron, top-k).
 
-Thresholds are ordinary persistent buffers, so saving, resuming and resharding need no code. Only their absence does: Megatron
-would stop with a missing key. Here the routers keep fresh thresholds, which starts the warm-up, and one line says so; every
-other missing key stays an error.
+Thresholds are ordinary persistent buffers, so saving, resuming and resharding need no code. Only their
+absence does: Megatron would stop with a missing key. Here the routers keep fresh thresholds, which starts the
+warm-up, and one line says so; every other missing key stays an error.
 """
 
 import contextlib
@@ -41,7 +41,8 @@ def _load_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
 def _load_base_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_base_checkpoint(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         result = original(load_dir, args, *rest, **kwargs)
-        # load_checkpoint first reads what is not sharded, the saved arguments among it, then builds the sharded state
+        # load_checkpoint first reads what is not sharded, the saved arguments among it, then builds the
+        # sharded state
         # dict: the moment to leave our buffers out of it.
         if _loading is not None and not LoadingWithoutThresholds.active:
             explanation = _without_thresholds(args, result[0])
@@ -62,6 +63,7 @@ def _without_thresholds(args: Any, state_dict: Any) -> str | None:
     if saved.active:
         return None
     return (
-        f"the checkpoint was trained with top-k routing and holds no thresholds: they start fresh, and the warm-up of "
+        "the checkpoint was trained with top-k routing and holds no thresholds: they start fresh, and the "
+        "warm-up of "
         f"{et.warmup_steps} global batches (--moe-et-warmup-steps) begins now"
     )

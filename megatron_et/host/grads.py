@@ -1,4 +1,5 @@
-"""Seam: finalize_model_grads, which Megatron calls once per forward-backward of a global batch, before the optimizer step."""
+"""Seam: finalize_model_grads, which Megatron calls once per forward-backward of a global batch, before the
+optimizer step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from megatron_et.synchronize import finish_reduction, start_reduction
 
 
 def install() -> None:
-    """Bind the seam in megatron.training only: other loops call megatron_et.finalize_thresholds themselves."""
+    """Bind the seam in megatron.training only: other loops call megatron_et.finalize_thresholds
+    themselves."""
     # Not `wrap`: the copy in megatron.core belongs to users of megatron-core without megatron.training.
     original = seam.find("megatron.training.training", "finalize_model_grads")
     seam.replace("megatron.training.training", "finalize_model_grads", _finalize_model_grads(original))

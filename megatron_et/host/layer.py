@@ -1,4 +1,5 @@
-"""Seam: MoELayer. Every MoE layer (GPT, hybrid, MTP, --spec models) gets our router and a dispatcher for any fan-out."""
+"""Seam: MoELayer. Every MoE layer (GPT, hybrid, MTP, --spec models) gets our router and a dispatcher for any
+fan-out."""
 
 import dataclasses
 import functools
@@ -12,9 +13,11 @@ MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 
 
 def install() -> None:
-    """Bind the seam. The router's default sits in MoESubmodules' generated __init__, so patching its class would do nothing."""
+    """Bind the seam. The router's default sits in MoESubmodules' generated __init__, so patching its class
+    would do nothing."""
     seam.wrap(MOE_LAYER, "MoELayer.__init__", _moe_layer_init)
-    # Only the name that MoELayer builds from: the class itself stays what isinstance and Megatron's class attributes expect.
+    # Only the name that MoELayer builds from: the class itself stays what isinstance and Megatron's class
+    # attributes expect.
     original = seam.find(MOE_LAYER, "MoEAlltoAllTokenDispatcher")
     seam.replace(MOE_LAYER, "MoEAlltoAllTokenDispatcher", _alltoall_dispatcher(original))
 
@@ -31,8 +34,10 @@ def _moe_layer_init(original: Callable[..., None]) -> Callable[..., None]:
                 submodules = dataclasses.replace(submodules, router=ExpertThresholdRouter)
             elif not _builds(router, ExpertThresholdRouter):
                 raise ConfigError(
-                    f"--moe-router-type asks for Expert Threshold routing, but the layer spec brings its own router "
-                    f"{getattr(router, '__name__', router)}: use a spec with Megatron's TopKRouter, or --moe-router-type topk"
+                    "--moe-router-type asks for Expert Threshold routing, but the layer spec brings its "
+                    "own router "
+                    f"{getattr(router, '__name__', router)}: use a spec with Megatron's TopKRouter, or "
+                    "--moe-router-type topk"
                 )
         original(self, config, submodules, *args, **kwargs)
 

@@ -1,4 +1,5 @@
-"""Seam: training_log. Writes the metrics of the last committed global batch to TensorBoard, W&B, the console and the trace.
+"""Seam: training_log. Writes the metrics of the last committed global batch to TensorBoard, W&B, the console
+and the trace.
 
 Dimension letters: L MoE layers of the whole model, W numbers per layer (metrics.py).
 """
@@ -87,10 +88,13 @@ def gather_layers(args: Any) -> dict[int, LayerBatch]:
 def console_line(iteration: int, summary: Mapping[str, float], phase: str) -> str:
     """One line for people, beside Megatron's own."""
     return (
-        f" [megatron_et] iteration {iteration:8d} | phase {phase} | fan-out mean {summary['fanout_mean']:.3f} "
-        f"max {summary['fanout_max']:.0f} | usage min {summary['expert_usage_min']:.4f} max {summary['expert_usage_max']:.4f} | "
+        f" [megatron_et] iteration {iteration:8d} | phase {phase} | fan-out mean "
+        f"{summary['fanout_mean']:.3f} "
+        f"max {summary['fanout_max']:.0f} | usage min {summary['expert_usage_min']:.4f} max "
+        f"{summary['expert_usage_max']:.4f} | "
         f"max violation {summary['max_violation']:.3f} | |cutoff - threshold| {summary['cutoff_gap']:.4f} | "
-        f"no expert {100 * summary['tokens_0_experts']:.1f} % of tokens | dead experts {summary['dead_experts']:.0f}"
+        f"no expert {100 * summary['tokens_0_experts']:.1f} % of tokens | dead experts "
+        f"{summary['dead_experts']:.0f}"
     )
 
 

@@ -24,7 +24,8 @@ def find(module_name: str, attribute: str) -> Any:
             owner = getattr(owner, part)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"{module_name}.{attribute} is not in megatron-core {megatron_version()}, and megatron_et needs it: "
+            f"{module_name}.{attribute} is not in megatron-core {megatron_version()}, and megatron_et needs "
+            "it: "
             f"versions that have it are {', '.join(CHECKED)}.x ({error})"
         ) from error
     return owner
@@ -33,8 +34,8 @@ def find(module_name: str, attribute: str) -> Any:
 def wrap(module_name: str, attribute: str, make: Callable[[Any], Callable[..., Any]]) -> None:
     """Replace a function of a module by `make(original)`, in every module that already imported it by name.
 
-    `from module import function` leaves copies behind (initialize.py holds validate_args, training.py load_checkpoint):
-    they are found by identity.
+    `from module import function` leaves copies behind (initialize.py holds validate_args, training.py
+    load_checkpoint): they are found by identity.
     """
     original = find(module_name, attribute)
     wrapped = functools.wraps(original)(make(original))

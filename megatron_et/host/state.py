@@ -8,11 +8,14 @@ import torch
 from megatron_et.router import ExpertThresholdRouter
 from megatron_et.synchronize import routers_of
 
-_ROUTERS: weakref.WeakKeyDictionary[torch.nn.Module, list[ExpertThresholdRouter]] = weakref.WeakKeyDictionary()
+_ROUTERS: weakref.WeakKeyDictionary[torch.nn.Module, list[ExpertThresholdRouter]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def routers(model: Sequence[torch.nn.Module]) -> list[ExpertThresholdRouter]:
-    """Routers of the model chunks of this rank; searched for once, since walking all modules costs milliseconds a step."""
+    """Routers of the model chunks of this rank; searched for once, since walking all modules costs
+    milliseconds a step."""
     if model[0] not in _ROUTERS:
         _ROUTERS[model[0]] = routers_of(model)
     return _ROUTERS[model[0]]

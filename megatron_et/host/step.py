@@ -17,7 +17,11 @@ def install() -> None:
 
 def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def train_step(
-        forward_step_func: Any, data_iterator: Any, model: Sequence[torch.nn.Module], *args: Any, **kwargs: Any
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Sequence[torch.nn.Module],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         routers = state.routers(model)
         try:
@@ -39,7 +43,9 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _require_candidates(routers: Sequence[Any]) -> None:
     if not all(router.thresholds.has_candidate for router in routers):
         raise HookNotCalledError(
-            "the thresholds' statistics were not reduced in this step: config.finalize_model_grads_func was set to a function "
-            "that does not call megatron.training.training.finalize_model_grads. Call megatron_et.finalize_thresholds in it, "
+            "the thresholds' statistics were not reduced in this step: config.finalize_model_grads_func was "
+            "set to a function "
+            "that does not call megatron.training.training.finalize_model_grads. Call "
+            "megatron_et.finalize_thresholds in it, "
             "or leave config.finalize_model_grads_func unset."
         )

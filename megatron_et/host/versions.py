@@ -1,4 +1,5 @@
-"""Versions of megatron-core on which every seam was checked. A further version is an entry here and, where needed, a branch."""
+"""Versions of megatron-core on which every seam was checked. A further version is an entry here and, where
+needed, a branch."""
 
 import importlib.metadata
 import warnings
@@ -22,12 +23,15 @@ def is_checked(version: str) -> bool:
 
 
 def check_version() -> None:
-    """Warn when the installed megatron-core belongs to no checked series; missing symbols are refused by the seams."""
+    """Warn when the installed megatron-core belongs to no checked series; missing symbols are refused by the
+    seams."""
     version = megatron_version()
     if not is_checked(version):
         warnings.warn(
             f"megatron_et {importlib.metadata.version('megatron-et')} was checked on megatron-core "
-            f"{', '.join(CHECKED)}.x, this is {version}: every symbol it needs is looked up and refused if missing, "
-            "but behaviour may differ. Compare a short run with --moe-router-type topk against plain Megatron first.",
+            f"{', '.join(CHECKED)}.x, this is {version}: every symbol it needs is looked up and refused if "
+            "missing, "
+            "but behaviour may differ. Compare a short run with --moe-router-type topk against plain "
+            "Megatron first.",
             stacklevel=2,
         )

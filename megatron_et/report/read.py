@@ -1,8 +1,8 @@
 """What a run left behind, read into arrays: TensorBoard event files and traces (et_trace.jsonl).
 
-Both may hold several starts of one run. A start that resumes from a checkpoint writes some steps a second time: the
-later written values win, and what an earlier start wrote for steps after the resume is dropped, since those steps
-belong to weights that no longer exist.
+Both may hold several starts of one run. A start that resumes from a checkpoint writes some steps a second
+time: the later written values win, and what an earlier start wrote for steps after the resume is dropped,
+since those steps belong to weights that no longer exist.
 
 S logged steps, E routed experts, F fan-out bins (0 .. largest fan-out seen, at most E).
 """
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_et import __version__
+from megatron_et.report import ReportError
 
 TRACE_NAME = "et_trace.jsonl"
 TRACE_SCHEMA = 1
@@ -32,10 +33,6 @@ BY_SAMPLES = " vs samples"
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
-
-
-class ReportError(ValueError):
-    """A run, or a file of it, that cannot be reported."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """All traced layers of a run. `steps_S`, `phases_S` and `tokens_S` (tokens of the step) cover every logged step."""
+    """All traced layers of a run; `phases_S` and `tokens_S` (tokens of one step) are those of `steps_S`."""
 
     topk: int
     num_experts: int
@@ -112,7 +109,7 @@ def read_run(run: Path, tensorboard_dir: Path | None = None, trace: Path | None 
     """Read a run directory; `tensorboard_dir` and `trace` are looked at instead of the directory where given.
 
     Raises:
-        ReportError: a path does not exist, a trace is malformed, or there is neither a trace nor a scalar to report.
+        ReportError: a path does not exist, a trace is malformed, or there is neither a trace nor a scalar.
     """
     for folder in [run] if tensorboard_dir is None else [run, tensorboard_dir]:
         if not folder.is_dir():
@@ -125,9 +122,13 @@ def read_run(run: Path, tensorboard_dir: Path | None = None, trace: Path | None 
 
     warnings: list[str] = []
     if len({path.parent for path in event_files}) > 1:
-        warnings.append("TensorBoard files of several folders were read as one run; --tensorboard-dir picks one")
+        warnings.append(
+            "TensorBoard files of several folders were read as one run; --tensorboard-dir picks one"
+        )
     if len(trace_files) > 1:
-        warnings.append(f"{len(trace_files)} traces were read as one run, oldest file first; --trace picks one")
+        warnings.append(
+            f"{len(trace_files)} traces were read as one run, oldest file first; --trace picks one"
+        )
     tensorboard = read_tensorboard(event_files, warnings)
     traced = read_traces(trace_files, warnings)
     missing = []
@@ -176,8 +177,8 @@ def read_tensorboard(files: Iterable[Path], warnings: list[str]) -> TensorBoard:
             if tag.endswith(BY_SAMPLES):
                 continue
             if tag.startswith(VALIDATION_LOSS):
-                # At the end of training Megatron logs the test loss under the validation tag, at the same step
-                # and after the validation loss: the first value of a step is the validation loss.
+                # At the end of training Megatron logs the test loss under the validation tag, at the same
+                # step and after the validation loss: the first value of a step is the validation loss.
                 points = points[::-1]
             merged.setdefault(tag, {}).update(points)
     last = max(merged.get(TRAINING_LOSS, {}), default=0)
@@ -195,7 +196,9 @@ def _load_events(path: Path) -> _EventFile | None:
     points = {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in tags["scalars"]}
     suffix = "/text_summary"
     arguments = {
-        tag.removesuffix(suffix): accumulator.Tensors(tag)[-1].tensor_proto.string_val[0].decode(errors="replace")
+        tag.removesuffix(suffix): accumulator.Tensors(tag)[-1]
+        .tensor_proto.string_val[0]
+        .decode(errors="replace")
         for tag in tags["tensors"]
         if tag.endswith(suffix)
     }
@@ -204,7 +207,9 @@ def _load_events(path: Path) -> _EventFile | None:
 
 def _series(points: dict[int, float]) -> Series:
     steps = sorted(points)
-    return Series(np.array(steps, dtype=np.int64), np.array([points[step] for step in steps], dtype=np.float64))
+    return Series(
+        np.array(steps, dtype=np.int64), np.array([points[step] for step in steps], dtype=np.float64)
+    )
 
 
 def _abandoned(where: str, last: int, furthest: int) -> str:
@@ -246,7 +251,8 @@ def read_traces(files: Sequence[Path], warnings: list[str]) -> Trace | None:
     A file's last line is skipped with a warning when it is cut (a killed process).
 
     Raises:
-        ReportError: any other malformed line, an unknown schema, or a change of experts or top-k, naming file and line.
+        ReportError: any other malformed line, an unknown schema, or another number of experts or top-k than
+            in the first line; names file and line.
     """
     layers: dict[int, list[_LayerRecord]] = {}
     logged: dict[int, _Record] = {}
@@ -257,8 +263,8 @@ def read_traces(files: Sequence[Path], warnings: list[str]) -> Trace | None:
             first = first or record
             if (record.num_experts, record.topk) != (first.num_experts, first.topk):
                 raise ReportError(
-                    f"{where}: num_experts {record.num_experts} and topk {record.topk}, but the run began with "
-                    f"{first.num_experts} and {first.topk}: report the two runs one by one with --trace"
+                    f"{where}: num_experts {record.num_experts} and topk {record.topk}, but the run began "
+                    f"with {first.num_experts} and {first.topk}: report the two runs one by one with --trace"
                 )
             logged[record.step] = record
             furthest = max(furthest, record.step)
@@ -323,8 +329,8 @@ def _parse(fields: Any) -> _Record:
 
 def _parse_layer(step: int, phase: str, E: int, values: dict[str, Any]) -> _LayerRecord:
     histogram = _vector("fanout_histogram", values["fanout_histogram"], E + 1).astype(np.int64)
-    if not (histogram >= 0).all() or not histogram.any():
-        raise ValueError("fanout_histogram holds no tokens or a negative count")
+    if not (histogram >= 0).all():
+        raise ValueError("fanout_histogram holds a negative count")
     return _LayerRecord(
         step=step,
         phase=phase,
@@ -333,7 +339,7 @@ def _parse_layer(step: int, phase: str, E: int, values: dict[str, Any]) -> _Laye
         threshold_E=_vector("threshold", values["threshold"], E).astype(np.float32),
         cutoff_E=_vector("cutoff", values["cutoff"] or [None] * E, E).astype(np.float32),
         at_bound_E=_vector("at_bound", values["at_bound"], E).astype(np.float32),
-        fanout_histogram_F=np.trim_zeros(histogram, "b"),
+        fanout_histogram_F=histogram[: np.max(np.nonzero(histogram), initial=0) + 1],
     )
 
 
@@ -353,5 +359,7 @@ def _stack(records: list[_LayerRecord]) -> LayerTrace:
         threshold_SE=np.stack([record.threshold_E for record in records]),
         cutoff_SE=np.stack([record.cutoff_E for record in records]),
         at_bound_SE=np.stack([record.at_bound_E for record in records]),
-        fanout_histogram_SF=np.stack([np.pad(h, (0, F - h.size)) for h in (r.fanout_histogram_F for r in records)]),
+        fanout_histogram_SF=np.stack(
+            [np.pad(h, (0, F - h.size)) for h in (r.fanout_histogram_F for r in records)]
+        ),
     )

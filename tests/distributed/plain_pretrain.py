@@ -1,0 +1,59 @@
+"""Megatron's own GPT through megatron.training.pretrain on mock data: the CPU backend and nothing else of ours.
+
+torchrun --nproc-per-node 2 tests/distributed/plain_pretrain.py MEGATRON_ARGS...
+"""
+
+from typing import Any
+
+from megatron_et import cpu
+
+
+def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
+    """Train, validation and test data: random tokens, the same on every TP rank, so that nothing is broadcast."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import get_args
+
+    args = get_args()
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        split=args.split,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    return BlendedMegatronDatasetBuilder(MockGPTDataset, num_samples, lambda: True, config).build()
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def forward_step(iterator: Any, model: Any) -> tuple[Any, Any]:
+    """One micro-batch; returns the model's output and the function that reduces it to (loss, tokens, report)."""
+    batch = {name: tensor.cuda() for name, tensor in next(iterator).items()}
+
+    def loss_function(losses: Any) -> tuple[Any, Any, dict[str, Any]]:
+        mask = batch["loss_mask"].view(-1)
+        loss, tokens = (losses.view(-1).float() * mask).sum(), mask.sum().int()
+        report = torch.stack([loss.detach(), tokens.float()])
+        return loss, tokens, {"lm loss": report}
+
+    return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]), loss_function
+
+
+if __name__ == "__main__":  # the guard that spawned checkpoint writers need
+    cpu.install()
+
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)

@@ -1,0 +1,85 @@
+"""Start torchrun from a test: `torchrun([script, *args], nproc)` with the CPU backend's environment."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL = 10_000  # characters of output to show when a run fails: two ranks' tracebacks and torchrun's own
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(
+    script_or_module_args: Sequence[str],
+    nproc: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: int = 300,
+    cwd: str | Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run `torchrun --nproc-per-node nproc ARGS` and return it with stdout and stderr together in `.stdout`.
+
+    Args:
+        script_or_module_args: a script and its arguments, or `["-m", module, ...]`.
+        nproc: processes, all on this machine.
+        env: variables set on top of this process's and of OMP_NUM_THREADS=1, MEGATRON_ET_CPU=1 and
+            CUDA_VISIBLE_DEVICES= (the CPU backend refuses to run where a GPU is visible).
+        timeout: seconds; then every process of the run is killed and the test fails with the output's tail.
+        cwd: working directory, the repository root when left out.
+
+    The exit status is the caller's to check: `assert run.returncode == 0, run.stdout[-TAIL:]`.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    command += [
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(free_port()),
+        *map(str, script_or_module_args),
+    ]
+    cpu_env = {"OMP_NUM_THREADS": "1", "MEGATRON_ET_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # A file, not a pipe: a forgotten grandchild that holds a pipe open would keep us waiting for ever.
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **cpu_env, **(env or {})},
+            cwd=cwd or ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(timeout)
+        except BaseException as error:
+            _kill_tree(process.pid)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise  # Ctrl-C, pytest-timeout
+            output.seek(0)
+            pytest.fail(
+                f"{' '.join(command)} ran past {timeout} s; its output ends:\n{output.read()[-TAIL:]}"
+            )
+        output.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, output.read())
+
+
+def _kill_tree(pid: int) -> None:
+    """Kill a process and its descendants: torchrun gives each worker a session, so killpg is not enough."""
+    parent = psutil.Process(pid)
+    for process in [*parent.children(recursive=True), parent]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

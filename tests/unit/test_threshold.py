@@ -1,0 +1,101 @@
+"""The EMA against Adam-style bias correction, and the two halves of an update (I4)."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_et.threshold import ThresholdEMA
+
+
+@given(st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.99999]), st.integers(1, 60), st.integers(0, 2**31))
+def test_equals_raw_ema_with_bias_correction(decay: float, steps: int, seed: int) -> None:
+    """The paper's form: raw EMA from zero, routed with raw / (1 - beta**n)."""
+    cutoffs = torch.randn(steps, 4, generator=torch.Generator().manual_seed(seed)) * 5
+    ema, raw = ThresholdEMA(4, decay), torch.zeros(4, dtype=torch.float64)
+    for n, batch in enumerate(cutoffs, start=1):
+        ema.update(batch)
+        raw = decay * raw + (1 - decay) * batch.double()
+        torch.testing.assert_close(ema.value.double(), raw / (1 - decay**n), rtol=1e-5, atol=1e-5)
+    assert ema.num_updates.item() == steps
+
+
+def test_first_update_copies() -> None:
+    ema = ThresholdEMA(3, 0.999)
+    cutoffs = torch.tensor([1.5, -2.25, 1e30])
+    ema.update(cutoffs)
+    assert torch.equal(ema.value, cutoffs)
+
+
+def test_constant_cutoffs_stay_exactly() -> None:
+    ema = ThresholdEMA(2, 0.999)
+    for _ in range(100):
+        ema.update(torch.tensor([0.1, -7.3]))
+    assert torch.equal(ema.value, torch.tensor([0.1, -7.3]))
+
+
+def test_candidate_is_invisible_until_commit() -> None:
+    ema = ThresholdEMA(2, 0.9)
+    ema.update(torch.tensor([1.0, 2.0]))
+    before = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+    ema.propose(torch.tensor([5.0, 5.0]))
+    assert ema.has_candidate
+    assert all(torch.equal(ema.state_dict()[name], tensor) for name, tensor in before.items())
+    ema.discard()
+    assert not ema.has_candidate
+    with pytest.raises(RuntimeError, match="without a candidate"):
+        ema.commit()
+    ema.propose(torch.tensor([7.0, 7.0]))
+    ema.propose(torch.tensor([5.0, 5.0]))
+    ema.commit()
+    again = ThresholdEMA(2, 0.9)
+    again.update(torch.tensor([1.0, 2.0]))
+    again.update(torch.tensor([5.0, 5.0]))
+    assert torch.equal(ema.value, again.value)
+    assert torch.equal(ema.num_updates, again.num_updates)
+
+
+def test_an_invalid_batch_changes_neither_value_nor_count() -> None:
+    ema = ThresholdEMA(2, 0.9)
+    ema.update(torch.tensor([1.0, 2.0]))
+    ema.propose(torch.tensor([float("nan"), float("inf")]), valid=torch.tensor([False]))
+    ema.commit()
+    assert ema.value.tolist() == [1.0, 2.0]
+    assert ema.num_updates.item() == 1
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.float64)])
+def test_casting_the_model_leaves_fp32_bits(cast: object) -> None:
+    """I7: Float16Module casts the whole model."""
+    ema = ThresholdEMA(3, 0.9)
+    ema.update(torch.tensor([1.000001, -2.000003, 3e-39]))
+    bits = ema.value.clone()
+    cast(torch.nn.Sequential(ema))
+    assert ema.value.dtype == torch.float32
+    assert torch.equal(ema.value, bits)
+    assert ema.num_updates.dtype == torch.int64
+
+
+def test_meta_construction_comes_to_life_fresh() -> None:
+    with torch.device("meta"):
+        ema = ThresholdEMA(3, 0.9)
+    ema.to_empty(device="cpu")
+    assert ema.value.tolist() == [0.0, 0.0, 0.0]
+    assert ema.num_updates.tolist() == [0]
+
+
+def test_state_dict_round_trip_is_bitwise() -> None:
+    ema, other = ThresholdEMA(3, 0.99), ThresholdEMA(3, 0.99)
+    for _ in range(7):
+        ema.update(torch.randn(3))
+    other.load_state_dict(ema.state_dict())
+    cutoffs = torch.randn(3)
+    ema.update(cutoffs)
+    other.update(cutoffs)
+    assert torch.equal(ema.value, other.value)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5, float("nan")])
+def test_bad_decay(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay is"):
+        ThresholdEMA(2, decay)

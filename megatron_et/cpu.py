@@ -1,18 +1,21 @@
 """Development backend: unmodified Megatron-Core, `megatron.training.pretrain` included, on CPU and gloo.
 
-For laptops and CI. Set MEGATRON_ET_CPU=1 and start training as on GPUs, with the flags of `CPU_ARGS` appended. A CPU
-run proves logic, layouts and checkpoints; it proves nothing about NCCL, Transformer Engine, FP8, streams, CUDA graphs
-or speed. The backend is never on by accident: it must be asked for, refuses where a GPU is visible, and says so.
+For laptops and CI: set MEGATRON_ET_CPU=1 and start training as on GPUs, with the flags of `CPU_ARGS`
+appended. A CPU run proves logic, layouts and checkpoints. It proves nothing about NCCL, Transformer Engine,
+FP8, streams, CUDA graphs or speed on GPUs. The backend must be asked for, refuses where a GPU is visible,
+and says that it is on.
 
-`install()` makes `torch.cuda` a facade over the CPU, teaches gloo the collectives that it lacks, and repairs what
-Megatron cannot do without Transformer Engine or Apex. Each entry below names who in Megatron asks (files of
-megatron-core 0.19.2, below megatron/; "many" where it is everywhere) and why the answer is what it is.
+`install()` turns `torch.cuda` into a facade over the CPU, teaches gloo what it lacks, and repairs what
+Megatron cannot do without Transformer Engine and Apex (which it hides). The comment of each entry names who
+asks, as a file and function of megatron-core 0.19.2 below megatron/, and why the answer is what it is.
 
-Limits: no flex dispatcher (DeepEP), no permute or RoPE fusion (Transformer Engine), no CUDA graphs. One generator is
-both the CPU's and the "GPU's", so dropout masks differ from those of a GPU. Pipelines of two stages with virtual
-stages need `overlap_p2p_comm` (Megatron's own rule, enforced here for training loops without megatron.training too).
+Limits: no flex dispatcher (DeepEP), no permute or RoPE fusion (Transformer Engine), no CUDA graphs, and
+pipelines of two stages with virtual stages only with `overlap_p2p_comm` (see `_repair_schedules`). The
+CPU's generator also plays the GPU's: runs are reproducible and resume exactly, dropout included, but their
+dropout masks are not those of a GPU.
 """
 
+import collections
 import contextlib
 import copy
 import functools
@@ -31,17 +34,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
+from megatron_et.rank_zero import say
 
 ENV = "MEGATRON_ET_CPU"
+CPU = torch.device("cpu")
 
-#: Megatron flags of a CPU run. The first four are required, the others only avoid fusions that need a GPU.
+#: Megatron's flags for a CPU run: first the required ones, then those that avoid fusions made for GPUs.
 CPU_ARGS: tuple[str, ...] = (
     *("--distributed-backend", "gloo"),
     "--no-gradient-accumulation-fusion",
     "--no-rope-fusion",
     *("--transformer-impl", "local"),
     "--no-persist-layer-norm",
+    #
     "--no-masked-softmax-fusion",
     "--no-bias-swiglu-fusion",
     "--no-bias-dropout-fusion",
@@ -49,16 +54,15 @@ CPU_ARGS: tuple[str, ...] = (
     *("--num-workers", "0"),
 )
 
-CPU = torch.device("cpu")
 _installed = False
 
 
 def requested() -> bool:
-    """Whether the environment asks for the CPU backend (MEGATRON_ET_CPU=1). ValueError for a value that is no answer."""
+    """Whether MEGATRON_ET_CPU asks for the CPU backend. ValueError if its value is neither a yes nor a no."""
     value = os.environ.get(ENV, "").strip().lower()
-    if value in {"1", "true", "yes"}:
+    if value in ("1", "true", "yes"):
         return True
-    if value in {"", "0", "false", "no"}:
+    if value in ("", "0", "false", "no"):
         return False
     raise ValueError(
         f"{ENV}={os.environ[ENV]!r} is neither yes nor no: set it to 1 (true, yes) or 0 (false, no)."
@@ -71,10 +75,10 @@ def installed() -> bool:
 
 
 def install() -> None:
-    """Turn this process into one that runs Megatron on CPU. Call it before megatron is imported; repeated calls do nothing.
+    """Make this process run Megatron on CPU, before it imports megatron.core. Repeated calls do nothing.
 
-    It imports torch only: the repairs of Megatron happen when Megatron's modules are imported, so that processes that
-    Megatron spawns (checkpoint writers re-import `__main__`) pay nothing.
+    It imports torch and nothing of Megatron: Megatron's modules are repaired when they are imported. So it
+    costs nothing in the processes that Megatron spawns to write checkpoints, which import `__main__` again.
 
     Raises:
         RuntimeError: a GPU is visible, or megatron.core has been imported already.
@@ -85,30 +89,28 @@ def install() -> None:
     if torch.cuda.is_available():
         raise RuntimeError(
             "The CPU development backend refuses to run on a machine with a GPU: "
-            f"unset {ENV} to train on the GPU, or set CUDA_VISIBLE_DEVICES= to hide it."
+            f"unset {ENV} to train on the GPU, or set CUDA_VISIBLE_DEVICES= (empty) to hide the GPU."
         )
     if "megatron.core" in sys.modules:
         raise RuntimeError(
-            "megatron_et.cpu.install() came after the import of megatron.core, which has bound the functions that it "
-            f"replaces: call it first, or start the script as `{ENV}=1 python -m megatron_et SCRIPT ...`."
+            "The CPU development backend came too late: megatron.core has been imported and holds the "
+            "functions that it replaces. Call megatron_et.cpu.install() before the import, or run "
+            f"{ENV}=1 python -m megatron_et SCRIPT ARGS..."
         )
     _replace_devices()
     _replace_streams()
     _replace_rng()
     _replace_tensor_functions()
+    _replace_compile()
     _replace_collectives()
-    _silence()
+    _hide_gpu_libraries()
     sys.meta_path.insert(0, _RepairOnImport())
     _installed = True
-    if os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None:
-        logger.warning(
-            "megatron_et: the CPU development backend is on (%s): Megatron runs on CPU and gloo. "
-            "This proves nothing about GPU speed.",
-            ENV,
-        )
+    if multiprocessing.parent_process() is None:  # not in spawned checkpoint writers
+        say(f"{ENV}: the CPU development backend is on. It proves nothing about GPU speed.")
 
 
-# ---- torch.cuda --------------------------------------------------------------------------------------------
+# ---- torch.cuda ------------------------------------------------------------------------------------------
 # Every replaced torch name gets a function object of its own: torch._dynamo asserts that none stands for two.
 
 
@@ -116,25 +118,29 @@ def _replace_devices() -> None:
     cuda: Any = torch.cuda
     # training/initialize.py:initialize_megatron asserts it.
     cuda.is_available = lambda: True
-    # training/initialize.py:_initialize_distributed, _set_random_seed: 0 means no model-parallel groups or seeds.
+    # training/initialize.py:_initialize_distributed, _set_random_seed: 0 would mean no model-parallel
+    # groups and no seeds.
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # many: `device=torch.cuda.current_device()`.
+    # everywhere: `device=torch.cuda.current_device()`.
     cuda.current_device = lambda: CPU
     # training/initialize.py:_initialize_distributed
     cuda.set_device = lambda *_, **__: None
     # core/timers.py:Timer, core/pipeline_parallel/p2p_communication.py:P2PCommunicator
     cuda.synchronize = lambda *_, **__: None
-    # training/arguments.py:validate_args with --moe-grouped-gemm wants 8 or more.
+    # training/arguments.py:validate_args wants 8 or more for --moe-grouped-gemm.
     cuda.get_device_capability = lambda *_, **__: (10, 0)
-    # training/utils/common_utils.py:get_device_arch_version. Below 10, CUDA_DEVICE_MAX_CONNECTIONS=1 is demanded.
+    # training/utils/common_utils.py:get_device_arch_version. Below 10, validate_args
+    # demands CUDA_DEVICE_MAX_CONNECTIONS=1.
     cuda.get_device_properties = lambda *_, **__: types.SimpleNamespace(name="cpu", major=10, minor=0)
+    # training/training.py:training_log with --log-memory-to-tensorboard
+    cuda.memory_stats = lambda *_, **__: collections.defaultdict(int)
     # torch's own optimizers and DataLoader ask torch.accelerator, which would believe is_available() above.
     torch.accelerator.is_available = lambda: False
     torch.accelerator.current_accelerator = lambda *_, **__: None
 
 
 class _Stream:
-    """torch.cuda.Stream where all work is done when the call returns."""
+    """torch.cuda.Stream where all work is done when a call returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
@@ -158,13 +164,14 @@ class _Event:
 
 
 def _replace_streams() -> None:
-    # core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher, core/transformer/moe/shared_experts.py,
-    # core/distributed/param_and_grad_buffer.py: side streams for copies, shared experts and communication.
-    the_stream = _Stream()
+    # core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher,
+    # core/transformer/moe/shared_experts.py, core/distributed/param_and_grad_buffer.py: side streams for
+    # copies, shared experts and communication.
+    default = _Stream()
     cuda: Any = torch.cuda
     cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = lambda *_, **__: the_stream
-    cuda.stream = contextlib.nullcontext
+    cuda.current_stream = lambda *_, **__: default
+    cuda.stream = lambda stream: contextlib.nullcontext(stream)
 
 
 class _OneGenerator:
@@ -175,44 +182,42 @@ class _OneGenerator:
 
 
 def _replace_rng() -> None:
-    # core/tensor_parallel/random.py:CudaRNGStatesTracker, training/initialize.py, training/checkpointing.py. The
-    # CPU's generator must play the GPU's: it is the one that dropout on CPU tensors draws from.
-    torch.cuda.default_generators = _OneGenerator()  # type: ignore[assignment]
+    # core/tensor_parallel/random.py:CudaRNGStatesTracker, training/initialize.py,
+    # training/checkpointing.py. The CPU's generator must play the GPU's: it is the one that dropout on CPU
+    # tensors draws from.
     modules: tuple[Any, ...] = (torch.cuda, torch.cuda.random)
     for module in modules:
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda new_state, *_, **__: torch.set_rng_state(new_state)
-        module.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None
-    # core/tensor_parallel/random.py:_set_cuda_rng_state sets the state in a callback. torch would queue it until
-    # CUDA is initialized: for ever.
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    torch.cuda.default_generators = _OneGenerator()  # type: ignore[assignment]
+    # core/tensor_parallel/random.py:_set_cuda_rng_state sets the state in a callback. torch would queue it
+    # until CUDA is initialized: for ever.
     torch.cuda._lazy_call = lambda callback, *_, **__: callback()
-    # core/tensor_parallel/random.py:CudaRNGStatesTracker.fork warns when the CPU's state moved, as it must here.
+    # core/tensor_parallel/random.py:CudaRNGStatesTracker.fork warns if the CPU's state moved. Here it must.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    # training/training.py:build_train_valid_test_data_iterators starts DataLoaders after a checkpoint has restored the
-    # generators, and each draws a seed from the CPU's. Dropout, which shares it here, must not notice on resume.
+    # training/training.py:build_train_valid_test_data_iterators starts the DataLoaders after a checkpoint
+    # restored the generators, and each draws a seed from the CPU's. Dropout, which shares it here, must not
+    # notice: a resumed run would leave the straight one.
     start_iteration = torch.utils.data.DataLoader.__iter__
 
     @functools.wraps(start_iteration)
-    def iterate(self: Any) -> Any:
+    def start_iteration_aside(self: Any) -> Any:
         with torch.random.fork_rng(devices=()):
             return start_iteration(self)
 
-    torch.utils.data.DataLoader.__iter__ = iterate  # type: ignore[method-assign]
+    torch.utils.data.DataLoader.__iter__ = start_iteration_aside  # type: ignore[method-assign]
 
 
-# ---- tensors ---------------------------------------------------------------------------------------------------------
-
-
-def _is_cuda(device: Any) -> bool:
-    return device.type == "cuda" if isinstance(device, torch.device) else str(device).startswith("cuda")
+# ---- tensors ---------------------------------------------------------------------------------------------
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if _is_cuda(kwargs.get("device")):
+        if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = CPU
         return factory(*args, **kwargs)
 
@@ -220,67 +225,56 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _replace_tensor_functions() -> None:
-    # many: `device="cuda"`, as in core/pipeline_parallel/schedules.py and core/optimizer/clip_grads.py.
+    # everywhere: device="cuda", as in core/pipeline_parallel/schedules.py, core/optimizer/clip_grads.py.
     for name in ("empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    # many: batches, models, reduced losses.
+    # everywhere: batches, models, reduced losses.
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
 
-    # core/optimizer/optimizer.py and distrib_optimizer.py sort parameters by 'torch.cuda.FloatTensor' and its like.
+    # core/optimizer/optimizer.py, distrib_optimizer.py: know parameters by 'torch.cuda.FloatTensor' etc.
     original_type = torch.Tensor.type
 
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(original_type)
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = original_type(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = type_  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = cuda_type  # type: ignore[method-assign,assignment]
 
 
-# ---- gloo ------------------------------------------------------------------------------------------------------------
+def _replace_compile() -> None:
+    # core/jit.py:jit_fuser, core/transformer/moe/router.py: compile at import. Eager, imports take half the
+    # time and nothing builds C++ kernels.
+    def stay_eager(model: Any = None, *_: Any, **__: Any) -> Any:
+        return model if model is not None else lambda decorated: decorated
+
+    torch.compile = stay_eager
 
 
-def _as_list(split_sizes: Any) -> Any:
-    return split_sizes.tolist() if hasattr(split_sizes, "tolist") else split_sizes
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+# ---- gloo ------------------------------------------------------------------------------------------------
 
 
 def _replace_collectives() -> None:
-    # core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher leaves split sizes as tensors on CPU (it
-    # copies only GPU tensors to the host); the binding of all_to_all_single takes lists.
+    # core/transformer/moe/token_dispatcher.py:MoEAlltoAllTokenDispatcher turns split sizes that are on a
+    # GPU into lists. On CPU they stay tensors, which the binding does not take.
     original_all_to_all = dist.all_to_all_single
 
     @functools.wraps(original_all_to_all)
     def all_to_all_single(
-        output: torch.Tensor,
-        input: torch.Tensor,
+        output: Any,
+        input: Any,
         output_split_sizes: Any = None,
         input_split_sizes: Any = None,
-        *args: Any,
-        **kwargs: Any,
+        *rest: Any,
+        **kw: Any,
     ) -> Any:
-        sizes = _as_list(output_split_sizes), _as_list(input_split_sizes)
-        return original_all_to_all(output, input, *sizes, *args, **kwargs)
+        sizes = (output_split_sizes, input_split_sizes)
+        lists = (size.tolist() if isinstance(size, torch.Tensor) else size for size in sizes)
+        return original_all_to_all(output, input, *lists, *rest, **kw)
 
-    dist.all_to_all_single = all_to_all_single
-
-    # core/transformer/moe/token_dispatcher.py:MoEAllGatherTokenDispatcher gathers the boolean routing map through
-    # core/tensor_parallel/mappings.py:_gather_along_first_dim; gloo has no bool.
-    def byte_gather(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def gather(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return original(_as_bytes(output), _as_bytes(input), *args, **kwargs)
-
-        return gather
-
-    for name in ("all_gather_into_tensor", "_all_gather_base"):
-        setattr(dist, name, byte_gather(getattr(dist, name)))
-
-    # core/tensor_parallel/mappings.py:_gather_along_first_dim and _reduce_scatter_along_first_dim with split sizes
-    # (MoE with expert TP > 1): lists of tensors of different lengths, which gloo refuses.
-    original_all_gather, original_reduce_scatter = dist.all_gather, dist.reduce_scatter
+    # core/tensor_parallel/mappings.py:_gather_along_first_dim with split sizes (MoE with expert TP > 1)
+    # gathers parts of different lengths, which gloo refuses.
+    original_all_gather = dist.all_gather
 
     @functools.wraps(original_all_gather)
     def all_gather(
@@ -288,86 +282,40 @@ def _replace_collectives() -> None:
     ) -> Any:
         if len({part.shape for part in tensor_list}) == 1:
             return original_all_gather(tensor_list, tensor, group=group, async_op=async_op)
-        _refuse_async(async_op)
-        padded = tensor.new_zeros((max(part.shape[0] for part in tensor_list), *tensor.shape[1:]))
-        padded[: tensor.shape[0]] = tensor
+        if async_op:
+            raise NotImplementedError(
+                "The CPU backend has no asynchronous all_gather of parts of different lengths."
+            )
+        padded = tensor.new_zeros((max(len(part) for part in tensor_list), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in tensor_list]
         original_all_gather(gathered, padded, group=group)
         for part, full in zip(tensor_list, gathered, strict=True):
-            part.copy_(full[: part.shape[0]])
+            part.copy_(full[: len(part)])
         return None
 
-    @functools.wraps(original_reduce_scatter)
-    def reduce_scatter(
-        output: torch.Tensor,
-        input_list: list[torch.Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if len({part.shape for part in input_list}) == 1:
-            return original_reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
-        _refuse_async(async_op)
-        total = torch.cat(input_list)
-        dist.all_reduce(total, op=op, group=group)
-        output.copy_(total.split([part.shape[0] for part in input_list])[dist.get_rank(group)])
-        return None
-
-    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+    dist.all_to_all_single, dist.all_gather = all_to_all_single, all_gather
 
 
-def _refuse_async(async_op: bool) -> None:
-    if async_op:
-        raise NotImplementedError(
-            "The CPU backend has no asynchronous collective for parts of different sizes."
-        )
+# ---- Megatron --------------------------------------------------------------------------------------------
 
 
-# ---- Megatron --------------------------------------------------------------------------------------------------------
-
-
-def _silence() -> None:
-    """Hide warnings that are true of every CPU run and say nothing to its user."""
+def _hide_gpu_libraries() -> None:
+    # core/utils.py:get_te_version and many imports: Megatron would call the kernels of what is installed.
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)  # type: ignore[call-overload]
+    # core/optimizer, core/models, core/extensions, training/datasets/data_samplers.py: warnings that are true
+    # of every CPU run, come from every rank and tell its user nothing.
     for message in (
-        ".*Apex (is|are) not installed",  # core/optimizer, core/models: at import, on every rank
-        "Only transformer-engine>=1.7.0 supports MoE experts",  # core/extensions
-        "'pin_memory' argument is set as true but no accelerator is found",  # training/datasets/data_samplers.py
+        ".*Apex (is|are) not installed",
+        "Only transformer-engine>=1.7.0 supports MoE experts",
+        "'pin_memory' argument is set as true but no accelerator",
     ):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
-class _RepairOnImport(importlib.abc.MetaPathFinder):
-    """Runs a module's repair of `_REPAIRS` right after the module itself, before anyone can bind its names."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        repair = _REPAIRS.get(fullname)
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target) if repair else None
-        if repair is None or spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
-
-        def execute_and_repair(module: types.ModuleType) -> None:
-            execute(module)
-            try:
-                repair(module)
-            except AttributeError as error:
-                raise ImportError(
-                    f"megatron_et.cpu knows megatron-core 0.19.2; this one differs: {error}"
-                ) from error
-
-        spec.loader.exec_module = execute_and_repair  # type: ignore[method-assign]
-        return spec
-
-
-def _repair_jit(jit: Any) -> None:
-    """core/jit.py: no torch.compile, which would build C++ kernels for minutes; decorators apply it at import."""
-    jit.disable_jit_fuser()
-
-
 def _repair_dataset_helpers(utils: Any) -> None:
-    """training/initialize.py runs `make` for the C++ helper; the wheel ships it compiled and has no Makefile."""
+    """core/datasets/utils.py:compile_helpers runs `make`: the wheel has the helper and no Makefile."""
     if not (Path(utils.__file__).parent / "Makefile").exists():
         utils.compile_helpers = lambda: None
 
@@ -375,15 +323,15 @@ def _repair_dataset_helpers(utils: Any) -> None:
 def _repair_norm(torch_norm: Any) -> None:
     """core/transformer/torch_norm.py refuses sequence parallelism, which MoE with TP demands.
 
-    The norm itself is the same: each rank normalizes its tokens. What is missing is the mark on the parameters by
-    which core/distributed/finalize_model_grads.py sums their gradients over the TP group.
+    The norm is the same: each rank normalizes its own tokens. What torch's norm lacks is the mark on its
+    parameters by which core/distributed/finalize_model_grads.py sums their gradients over the TP group.
     """
-    original = torch_norm.WrappedTorchNorm.__new__
+    original_new = torch_norm.WrappedTorchNorm.__new__
 
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        quiet = copy.copy(config)
-        quiet.sequence_parallel = False
-        norm = original(cls, quiet, *args, **kwargs)
+        without = copy.copy(config)
+        without.sequence_parallel = False
+        norm = original_new(cls, without, *args, **kwargs)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
@@ -392,12 +340,12 @@ def _repair_norm(torch_norm: Any) -> None:
 
 
 def _repair_distributed_optimizer(distrib_optimizer: Any) -> None:
-    """core/optimizer/distrib_optimizer.py over torch's Adam, which keeps a 0-dim tensor `step` for each parameter."""
+    """core/optimizer/distrib_optimizer.py over torch's Adam, which keeps a tensor `step` per parameter."""
     cls = distrib_optimizer.DistributedOptimizer
     original_state_dict, original_load = cls.state_dict, cls.load_state_dict
     original_set = cls._set_main_param_and_optimizer_states
 
-    # Asserts that all steps are equal, which fails when there are none: a load asks before the first step was made.
+    # It asserts that all steps are equal, and a load asks before the first step, when there are none.
     @functools.wraps(original_state_dict)
     def state_dict(self: Any) -> Any:
         if not self.optimizer.state:
@@ -406,15 +354,16 @@ def _repair_distributed_optimizer(distrib_optimizer: Any) -> None:
                 state["step"] = torch.tensor(0.0)
         return original_state_dict(self)
 
-    # Gives one `step` tensor to all parameters: each step would then count once for each of them.
+    # It gives all parameters one and the same `step`: every update would advance it once per parameter.
     @functools.wraps(original_load)
     def load_state_dict(self: Any, state_dict: Any) -> None:
         original_load(self, state_dict)
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    # Copies parameters in place, outside no_grad for some formats, and the step too: missing in the fully reshardable
-    # format, the stale one of before the load in the other. load_state_dict has restored the right one: None skips it.
+    # It copies into parameters, in fp32 without no_grad, and into `step`, for which fully reshardable
+    # checkpoints have no value and the others a stale one. load_state_dict has set the right one already:
+    # None means leave it.
     @functools.wraps(original_set)
     @torch.no_grad()
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
@@ -424,9 +373,56 @@ def _repair_distributed_optimizer(distrib_optimizer: Any) -> None:
     cls._set_main_param_and_optimizer_states = set_states
 
 
+def _repair_schedules(schedules: Any) -> None:
+    """core/pipeline_parallel/schedules.py: of two stages, each is the other's previous and next one.
+
+    Without overlap, interleaving then exchanges two messages between the same two ranks in one batch and
+    mixes them up: wrong gradients, silently. training/arguments.py:validate_args refuses it; training loops
+    without megatron.training would hear nothing.
+    """
+    original = schedules.forward_backward_pipelining_with_interleaving
+
+    @functools.wraps(original)
+    def interleaving(*, model: Any, **kwargs: Any) -> Any:
+        config = schedules.get_model_config(model[0])
+        if config.pipeline_model_parallel_size == 2 and not config.overlap_p2p_comm:
+            raise ValueError(
+                "Two pipeline stages with virtual stages need overlap_p2p_comm=True and "
+                "batch_p2p_comm=False: set them, or use more than two pipeline stages."
+            )
+        return original(model=model, **kwargs)
+
+    schedules.forward_backward_pipelining_with_interleaving = interleaving
+
+
 _REPAIRS: dict[str, Callable[[Any], None]] = {
-    "megatron.core.jit": _repair_jit,
     "megatron.core.datasets.utils": _repair_dataset_helpers,
     "megatron.core.transformer.torch_norm": _repair_norm,
     "megatron.core.optimizer.distrib_optimizer": _repair_distributed_optimizer,
+    "megatron.core.pipeline_parallel.schedules": _repair_schedules,
 }
+
+
+class _RepairOnImport(importlib.abc.MetaPathFinder):
+    """Runs the repair of a module right after the module itself, before anyone can bind its names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        repair = _REPAIRS.get(fullname)
+        if repair is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_repair(module: types.ModuleType) -> None:
+            execute(module)
+            try:
+                repair(module)
+            except AttributeError as error:
+                raise ImportError(f"megatron_et.cpu is written for megatron-core 0.19.2: {error}") from error
+
+        spec.loader.exec_module = execute_and_repair  # type: ignore[method-assign]
+        return spec

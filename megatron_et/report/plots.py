@@ -176,7 +176,7 @@ def _fanout(histories: list[LayerHistory], summary: Summary) -> Figure:
 
 
 def _no_expert(histories: list[LayerHistory], summary: Summary) -> Figure:
-    """All layers over steps, with the share that experts would leave out if each drew tokens at the target rate."""
+    """All layers over steps, and the share that experts at the target rate would leave out by chance."""
     figure = _figure(9, 4.6, f"{summary.run}: tokens without a routed expert")
     axes = figure.subplots()
     _all_layers(figure, axes, histories, "tokens_0_experts", summary, scale=100)
@@ -280,7 +280,7 @@ def _fanout_histogram(axes: Axes, history: LayerHistory, summary: Summary) -> No
         axes.set_xticks([0, 1, 2], labels=["0", "1", "2 or more"])
     else:
         counts_F = history.experts.fanout_histogram_SF[inside_S].sum(axis=0)
-        share_F = 100 * counts_F[: np.max(np.nonzero(counts_F), initial=0) + 1] / max(counts_F.sum(), 1)
+        share_F = 100 * counts_F[: np.max(np.nonzero(counts_F), initial=0) + 1] / max(int(counts_F.sum()), 1)
         lowest = share_F[share_F > 0].min(initial=0.2) / 2
         axes.set(yscale="log", ylim=(lowest, 150))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

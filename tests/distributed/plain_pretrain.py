@@ -1,15 +1,17 @@
-"""Megatron's own GPT through megatron.training.pretrain on mock data: the CPU backend and nothing else of ours.
+"""Megatron's own GPT through megatron.training.pretrain on mock data: of ours, the CPU backend only.
 
 torchrun --nproc-per-node 2 tests/distributed/plain_pretrain.py MEGATRON_ARGS...
 """
 
 from typing import Any
 
+import torch
+
 from megatron_et import cpu
 
 
-def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """Train, validation and test data: random tokens, the same on every TP rank, so that nothing is broadcast."""
+def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa: ARG001 (Megatron asks for it)
+    """Train, validation and test data: random tokens, built on every rank, so that none need be sent."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -33,7 +35,7 @@ datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def forward_step(iterator: Any, model: Any) -> tuple[Any, Any]:
-    """One micro-batch; returns the model's output and the function that reduces it to (loss, tokens, report)."""
+    """One micro-batch; returns the model's output and what reduces it to (loss, tokens, report)."""
     batch = {name: tensor.cuda() for name, tensor in next(iterator).items()}
 
     def loss_function(losses: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -48,7 +50,6 @@ def forward_step(iterator: Any, model: Any) -> tuple[Any, Any]:
 if __name__ == "__main__":  # the guard that spawned checkpoint writers need
     cpu.install()
 
-    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args

@@ -13,18 +13,25 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 
+
+def words(line: str) -> list[str]:
+    """A command line as it is typed."""
+    return line.split()
+
+
 # A GPT of two layers with four experts, on random tokens. Megatron's default dropout stays on.
-GPT_ARGS = """
-    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --swiglu --disable-bias-linear
-    --seq-length 64 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm
+GPT_ARGS = words("""
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --swiglu
+    --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
+    --seq-length 64 --max-position-embeddings 64
     --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type alltoall
     --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01
     --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --split 90,5,5
     --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --lr-decay-style constant
     --log-interval 1 --eval-interval 100 --eval-iters 1 --use-distributed-optimizer
-""".split()
-EP2 = "--expert-model-parallel-size 2".split()
-NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0".split()
+""")
+EP2 = words("--expert-model-parallel-size 2")
+NO_DROPOUT = words("--hidden-dropout 0 --attention-dropout 0")
 
 
 class Log(NamedTuple):
@@ -77,7 +84,7 @@ def test_a_checkpoint_resharded_to_sequence_parallelism_goes_on_alike(tmp_path: 
     args = [*EP2, *NO_DROPOUT, "--train-iters", "4", "--dist-ckpt-optim-fully-reshardable"]
     # The vocabulary is padded to a multiple of this times the TP size: 256 in both layouts.
     pad = "--make-vocab-size-divisible-by"
-    tp2 = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1".split()
+    tp2 = words("--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1")
     straight = pretrain(*args, pad, "128", "--save", tmp_path, "--save-interval", "2")
     resharded = pretrain(*args, pad, "64", *tp2, "--load", tmp_path, "--ckpt-step", "2")
 
@@ -90,12 +97,11 @@ def test_a_checkpoint_resharded_to_sequence_parallelism_goes_on_alike(tmp_path: 
 
 def test_virtual_pipeline_stages_and_tensorboard(tmp_path: Path) -> None:
     """PP2 x VPP2 through pretrain(), TensorBoard with memory statistics, evaluation."""
-    layout = (
-        "--num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+    layout = words(
+        "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
     )
-    log = pretrain(
-        *layout, "--train-iters", "5", "--tensorboard-dir", tmp_path, "--log-memory-to-tensorboard"
-    )
+    logs = ["--tensorboard-dir", tmp_path, "--log-memory-to-tensorboard"]
+    log = pretrain(*layout, *logs, "--train-iters", "5")
     assert float(log.loss[5]) < float(log.loss[1]) - 0.15
     assert all(0.5 < float(norm) < 2 for norm in log.grad_norm.values())
     assert len(log.evaluation) == 2
@@ -104,6 +110,6 @@ def test_virtual_pipeline_stages_and_tensorboard(tmp_path: Path) -> None:
 
 def test_uneven_experts_under_expert_tensor_parallelism() -> None:
     """TP2 with expert TP 2 gathers uneven parts (core/tensor_parallel/mappings.py)."""
-    layout = "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2".split()
+    layout = words("--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2")
     log = pretrain(*layout, "--train-iters", "5")
     assert float(log.loss[5]) < float(log.loss[1]) - 0.15

@@ -158,7 +158,7 @@ def test_the_cpu_generator_plays_the_gpus() -> None:
 
         before = torch.get_rng_state()
         iter(torch.utils.data.DataLoader([1, 2]))
-        assert torch.equal(before, torch.get_rng_state()), "starting a DataLoader must not move dropout's generator"
+        assert torch.equal(before, torch.get_rng_state()), "a DataLoader moved dropout's generator"
         """
     )
 

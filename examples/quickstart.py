@@ -1,0 +1,194 @@
+"""The main job on one laptop-class machine: real text, real Megatron pretraining, a resume, and a report.
+
+    make quickstart                                  # or: .venv/bin/python examples/quickstart.py
+    make quickstart QUICKSTART_ARGS="--iterations 60 --run runs/short"
+
+Steps, each skipped when its result is already there:
+ 1. a corpus of code and prose from this Python's own files          runs/quickstart/corpus
+ 2. a SentencePiece tokenizer and Megatron .bin/.idx datasets        runs/quickstart/data
+ 3. torchrun, 2 processes, EP=2: a GPT with a dense first layer and MoE layers of 16 routed experts + 1 shared;
+    Expert Choice warm-up, then thresholds; stopped on the way       runs/quickstart/checkpoints, tensorboard
+ 4. resumed from the checkpoint and finished                         runs/quickstart/train.log
+ 5. tables and plots                                                 runs/quickstart/report
+
+`--router topk` trains Megatron's own top-k with an auxiliary loss on the same data instead, for comparison.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_et.data.corpus import build_corpus
+from megatron_et.data.prepare import train_tokenizer, write_dataset
+from megatron_et.report.command import make_report, print_report
+
+console = Console()
+DOMAINS = ("code", "prose")
+VOCABULARY = 4096
+BYTES_PER_DOMAIN = 6_000_000
+PROCESSES = 2
+
+MODEL_ARGS = [
+    *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "384", "--num-attention-heads", "4"),
+    *("--seq-length", "256", "--max-position-embeddings", "256", "--position-embedding-type", "rope"),
+    *("--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
+    *("--untie-embeddings-and-output-weights", "--attention-dropout", "0", "--hidden-dropout", "0"),
+]
+MOE_ARGS = [
+    *("--num-experts", "16", "--moe-router-topk", "1", "--moe-ffn-hidden-size", "128"),
+    *("--moe-shared-expert-intermediate-size", "128", "--moe-layer-freq", "([0]+[1]*3)"),
+    *("--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", "2"),
+]
+TRAINING_ARGS = [
+    *("--micro-batch-size", "8", "--global-batch-size", "16", "--lr", "2e-3", "--min-lr", "2e-4"),
+    *("--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--weight-decay", "0.0", "--clip-grad", "1.0"),
+    *("--use-distributed-optimizer", "--seed", "1234", "--log-interval", "5", "--eval-iters", "8"),
+    *("--log-throughput", "--ckpt-format", "torch_dist"),
+]
+
+
+def router_args(router: str, iterations: int, run: Path) -> list[str]:
+    """Flags of the router under test: the only difference between the runs."""
+    if router == "topk":
+        return ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "1e-2"]
+    return [
+        *("--moe-router-type", router, "--moe-et-trace-dir", str(run)),
+        # The paper's decay 0.999 and warm-up 4000 are for 20k steps; both shrink with the run.
+        *("--moe-et-ema-decay", "0.95", "--moe-et-warmup-steps", str(iterations // 3)),
+    ]
+
+
+def data_args(data: Path) -> list[str]:
+    """Both domains at equal weight; validation files were held out when the corpus was built."""
+    splits = {
+        split: [word for domain in DOMAINS for word in ("1", str(data / f"{domain}.{split}"))]
+        for split in ("train", "valid")
+    }
+    return [
+        *("--train-data-path", *splits["train"], "--valid-data-path", *splits["valid"]),
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data / "tokenizer.model")),
+        *("--data-cache-path", str(data / "cache")),
+    ]
+
+
+def prepare_data(corpus: Path, data: Path) -> None:
+    """Corpus, tokenizer and datasets; what exists is kept."""
+    texts = {f"{d}.{s}": corpus / f"{d}.{s}.jsonl" for d in DOMAINS for s in ("train", "valid")}
+    if not all(path.is_file() for path in texts.values()):
+        console.print("[bold]1/5[/] building a corpus from this Python's own sources, docstrings and licences")
+        summary = build_corpus(corpus, max_bytes_per_domain=BYTES_PER_DOMAIN)
+        for name, size in summary.sizes.items():
+            console.print(f"      {name:12} {size.documents:5d} documents  {size.bytes / 1e6:6.2f} MB")
+    model = data / "tokenizer.model"
+    data.mkdir(parents=True, exist_ok=True)
+    if not model.is_file():
+        console.print(f"[bold]2/5[/] training a SentencePiece tokenizer of {VOCABULARY} pieces")
+        training_texts = [path for name, path in texts.items() if name.endswith("train")]
+        train_tokenizer(training_texts, model.with_suffix(""), VOCABULARY)
+    for name, path in texts.items():
+        if not (data / f"{name}.idx").is_file():
+            console.print(f"      {write_dataset([path], data / name, model)}")
+
+
+def train(args: list[str], iterations: int, log: Path, what: str) -> None:
+    """Run the pretraining command under torchrun, showing progress; stop with the log's end if it fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES)),
+        *("--master-addr", "127.0.0.1", "--master-port", str(port)),
+        *("-m", "megatron_et.pretrain_gpt", *args),
+    ]
+    env = {**os.environ, "MEGATRON_ET_CPU": "1", "OMP_NUM_THREADS": "1"}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
+    with (
+        log.open("a") as file,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress,
+    ):
+        task = progress.add_task(f"      {what}: starting", total=iterations)
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            if match := re.search(r"iteration\s+(\d+)/\s*\d+ .*?lm loss: ([\d.E+-]+)", line):
+                loss = float(match.group(2))
+                progress.update(
+                    task, completed=int(match.group(1)), description=f"      {what}: loss {loss:.3f}"
+                )
+        status = process.wait()
+    if status != 0:
+        tail = log.read_text(errors="replace").splitlines()[-30:]
+        console.print("\n".join(tail), markup=False, highlight=False)
+        sys.exit(f"quickstart: {what} failed with status {status}; the whole log is {log}")
+
+
+def finished(checkpoints: Path) -> int:
+    """Last saved iteration, 0 when there is none."""
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.is_file() else 0
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    """Run all five steps."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of everything")
+    parser.add_argument("--iterations", type=int, default=300, help="training steps (at least 30)")
+    parser.add_argument(
+        "--router", choices=("expert-threshold", "expert-choice", "topk"), default="expert-threshold"
+    )
+    parser.add_argument("--fresh", action="store_true", help="train again even if this run is finished")
+    options = parser.parse_args(None if argv is None else list(argv))
+    if options.iterations < 30:
+        parser.error(f"--iterations is {options.iterations}: at least 30, or the warm-up has no time to end")
+    run: Path = options.run.absolute()
+    run.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    prepare_data(run.parent / "corpus", run.parent / "data")
+
+    checkpoints, log = run / "checkpoints", run / "train.log"
+    if options.fresh:
+        for old in (checkpoints, run / "tensorboard", run / "report"):
+            shutil.rmtree(old, ignore_errors=True)
+        for old in (log, run / "et_trace.jsonl"):
+            old.unlink(missing_ok=True)
+    total, half = options.iterations, options.iterations * 3 // 5
+    args = [
+        *MODEL_ARGS,
+        *MOE_ARGS,
+        *TRAINING_ARGS,
+        *("--train-iters", str(total), "--eval-interval", str(max(total // 6, 1))),
+        *("--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(total)),
+        *("--tensorboard-dir", str(run / "tensorboard"), "--tensorboard-log-interval", "5"),
+        *data_args(run.parent / "data"),
+        *router_args(options.router, total, run),
+    ]
+    if finished(checkpoints) < half:
+        console.print(f"[bold]3/5[/] training, {PROCESSES} processes, EP=2 (log: {log})")
+        train([*args, "--exit-interval", str(half)], total, log, f"steps 1 to {half}")
+    if finished(checkpoints) < total:
+        console.print(f"[bold]4/5[/] stopped at step {finished(checkpoints)}; resuming from its checkpoint")
+        train(args, total, log, f"steps {finished(checkpoints) + 1} to {total}")
+    else:
+        console.print(f"this run is finished ({total} steps): drawing its report again; --fresh trains anew")
+    console.print("[bold]5/5[/] report")
+    print_report(make_report(run))
+    console.print(f"all done in {time.monotonic() - started:.0f} s; everything is in {run}")
+
+
+if __name__ == "__main__":
+    main()

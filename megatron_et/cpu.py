@@ -136,7 +136,6 @@ def _replace_devices() -> None:
     cuda.memory_stats = lambda *_, **__: collections.defaultdict(int)
     # torch's own optimizers and DataLoader ask torch.accelerator, which would believe is_available() above.
     torch.accelerator.is_available = lambda: False
-    torch.accelerator.current_accelerator = lambda *_, **__: None
 
 
 class _Stream:
@@ -269,8 +268,8 @@ def _replace_collectives() -> None:
         **kw: Any,
     ) -> Any:
         sizes = (output_split_sizes, input_split_sizes)
-        lists = (size.tolist() if isinstance(size, torch.Tensor) else size for size in sizes)
-        return original_all_to_all(output, input, *lists, *rest, **kw)
+        to, of = (size.tolist() if isinstance(size, torch.Tensor) else size for size in sizes)
+        return original_all_to_all(output, input, to, of, *rest, **kw)
 
     # core/tensor_parallel/mappings.py:_gather_along_first_dim with split sizes (MoE with expert TP > 1)
     # gathers parts of different lengths, which gloo refuses.
@@ -303,7 +302,7 @@ def _replace_collectives() -> None:
 def _hide_gpu_libraries() -> None:
     # core/utils.py:get_te_version and many imports: Megatron would call the kernels of what is installed.
     for name in ("transformer_engine", "apex"):
-        sys.modules.setdefault(name, None)  # type: ignore[call-overload]
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     # core/optimizer, core/models, core/extensions, training/datasets/data_samplers.py: warnings that are true
     # of every CPU run, come from every rank and tell its user nothing.
     for message in (

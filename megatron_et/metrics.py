@@ -3,6 +3,7 @@
 Dimension letters: E experts, F = E + 1 fan-outs, W = width(E) numbers that describe a layer.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -99,16 +100,19 @@ class LayerBatch:
             "dead_experts": float((self.counts.usage_E == 0).sum()),
         }
 
-    def trace(self) -> dict[str, list[float] | list[int] | list[None]]:
+    def trace(self) -> dict[str, list[float] | list[int] | list[float | None]]:
         """Per-expert numbers for et_trace.jsonl (docs/report.md)."""
-        known = bool(self.cutoffs_E.isfinite().all())
         return {
             "usage": self.usage_E().tolist(),
-            "threshold": self.thresholds_E.tolist(),
-            "cutoff": self.cutoffs_E.tolist() if known else [None] * self.cutoffs_E.numel(),
+            "threshold": _finite(self.thresholds_E),
+            "cutoff": _finite(self.cutoffs_E),
             "fanout_histogram": self.counts.fanout_F.tolist(),
             "at_bound": self.at_bound_E().tolist(),
         }
+
+
+def _finite(values_E: torch.Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values_E.tolist()]
 
 
 def overall(layers: Mapping[int, Mapping[str, float]]) -> dict[str, float]:

@@ -50,7 +50,7 @@ class BatchRecord:
 
     counts: BatchCounts
     thresholds_E: torch.Tensor
-    """fp32, those that routed this batch."""
+    """fp32, those that routed this batch; NaN before the first update."""
     cutoffs_E: torch.Tensor
     """fp64, the population quantile of this batch; NaN when it had none."""
     phase: str

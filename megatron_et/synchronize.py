@@ -79,7 +79,7 @@ def finish_reduction(pending: PendingReduction | None) -> None:
         nonfinite.append(counts.nonfinite)
         router.last_batch = BatchRecord(
             counts=counts,
-            thresholds_E=router.thresholds.value.clone(),
+            thresholds_E=router.thresholds.value.where(router.thresholds.num_updates > 0, torch.nan),
             cutoffs_E=cutoffs_E,
             phase=router.et_config.phase(router.num_committed_batches),
         )

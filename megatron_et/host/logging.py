@@ -5,6 +5,8 @@ Dimension letters: L MoE layers of the whole model, W numbers per layer (metrics
 """
 
 import json
+import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,8 @@ def _write_scalars(
     scalars = {f"moe/{name}": value for name, value in summary.items()}
     for number, layer in metrics.items():
         scalars |= {f"moe/{name}_layer_{number}": value for name, value in layer.items()}
+    # The first batch is routed without thresholds: there is nothing to draw.
+    scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
     if (writer := get_tensorboard_writer()) is not None:
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
@@ -124,6 +128,16 @@ def _append_trace(folder: Path, iteration: int, args: Any, layers: Mapping[int, 
         "num_experts": args.num_experts,
         "layers": {str(number): batch.trace() for number, batch in layers.items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / TRACE_FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(folder / TRACE_FILE, json.dumps(line))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; a last line that a killed process left unfinished is dropped first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")

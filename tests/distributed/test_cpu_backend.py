@@ -81,18 +81,21 @@ def test_a_resumed_run_equals_a_straight_one(precision: str, tmp_path: Path) -> 
 
 def test_a_checkpoint_resharded_to_sequence_parallelism_goes_on_alike(tmp_path: Path) -> None:
     """EP2 to EP2 x TP2: equal gradient norms need the norms' gradients summed over the TP group."""
-    args = [*EP2, *NO_DROPOUT, "--train-iters", "4", "--dist-ckpt-optim-fully-reshardable"]
+    args = [*EP2, *NO_DROPOUT, "--train-iters", "10", "--dist-ckpt-optim-fully-reshardable"]
     # The vocabulary is padded to a multiple of this times the TP size: 256 in both layouts.
     pad = "--make-vocab-size-divisible-by"
     tp2 = words("--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1")
     straight = pretrain(*args, pad, "128", "--save", tmp_path, "--save-interval", "2")
     resharded = pretrain(*args, pad, "64", *tp2, "--load", tmp_path, "--ckpt-step", "2")
 
-    assert float(resharded.loss[3]) == pytest.approx(float(straight.loss[3]), rel=1e-5)
-    for step in (3, 4):
-        assert float(resharded.grad_norm[step]) == pytest.approx(float(straight.grad_norm[step]), abs=2e-3)
-    for ours, theirs in zip(resharded.evaluation, straight.evaluation, strict=True):
-        assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+    # Without that sum the gradient norm of the last step is off by 4e-3, its loss by 5e-5.
+    assert sorted(resharded.grad_norm) == list(range(3, 11))
+    for step, norm in resharded.grad_norm.items():
+        assert float(norm) == pytest.approx(float(straight.grad_norm[step]), abs=1.5e-3)
+    assert float(resharded.loss[10]) == pytest.approx(float(straight.loss[10]), rel=5e-6)
+    assert [float(loss) for loss in resharded.evaluation] == pytest.approx(
+        [float(loss) for loss in straight.evaluation], rel=5e-6
+    )
 
 
 def test_virtual_pipeline_stages_and_tensorboard(tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""Pretraining in which the router of layer 3 sees NaN logits from the third global batch on (test_training.py)."""
+
+if __name__ == "__main__":
+    import sys
+
+    import torch
+
+    from megatron_et.gpt import pretrain_gpt
+    from megatron_et.router import ExpertThresholdRouter
+
+    value = float(sys.argv.pop(1))
+    original = ExpertThresholdRouter.gating
+
+    def gating(self: ExpertThresholdRouter, input: torch.Tensor) -> torch.Tensor:
+        logits = original(self, input)
+        if self.layer_number == 3 and self.num_committed_batches == 2 and torch.distributed.get_rank() == 1:
+            logits = torch.where(torch.arange(logits.shape[-1]) == 5, value, logits)
+        return logits
+
+    ExpertThresholdRouter.gating = gating  # type: ignore[method-assign]
+    pretrain_gpt()

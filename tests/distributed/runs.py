@@ -1,0 +1,95 @@
+"""Starting pretraining runs from tests and reading what they leave behind."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from tests.launch import TAIL, torchrun
+
+# A GPT with a dense first layer and three MoE layers; Megatron's default dropout stays on.
+GPT_ARGS = """
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --swiglu --disable-bias-linear
+    --normalization RMSNorm --position-embedding-type rope --seq-length 64 --max-position-embeddings 64
+    --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 128
+    --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 48
+    --moe-layer-freq [0,1,1,1] --moe-token-dispatcher-type alltoall
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --split 90,5,5
+    --micro-batch-size 2 --global-batch-size 8 --lr 2e-3 --lr-decay-style constant --lr-decay-iters 100 --override-opt-param-scheduler
+    --save-interval 100 --log-interval 1 --eval-interval 4 --eval-iters 1 --use-distributed-optimizer --tensorboard-log-interval 1
+""".split()
+ET_ARGS = "--moe-router-type expert-threshold --moe-et-warmup-steps 4 --moe-et-ema-decay 0.9".split()
+MOE_LAYERS = ["2", "3", "4"]
+
+
+@dataclass
+class Run:
+    """What a training run printed and wrote."""
+
+    status: int
+    output: str
+    trace: dict[int, dict[str, Any]]
+
+    @property
+    def loss(self) -> dict[int, str]:
+        """Iteration -> training loss as printed."""
+        return {int(i): x for i, x in re.findall(r" iteration +(\d+)/.* lm loss: (\S+) ", self.output)}
+
+    @property
+    def grad_norm(self) -> dict[int, str]:
+        """Iteration -> gradient norm as printed."""
+        return {int(i): x for i, x in re.findall(r" iteration +(\d+)/.* grad norm: (\S+) ", self.output)}
+
+    @property
+    def evaluation(self) -> list[str]:
+        """Final validation and test losses as printed."""
+        return re.findall(r"on (?:validation|test) set \| lm loss value: (\S+)", self.output)
+
+
+def pretrain(
+    args: str | list[str],
+    *,
+    processes: int = 2,
+    folder: Path | None = None,
+    command: tuple[str, ...] = ("-m", "megatron_et.pretrain_gpt"),
+    et: list[str] = ET_ARGS,
+    model: list[str] = GPT_ARGS,
+    succeeds: bool = True,
+    timeout: int = 200,
+) -> Run:
+    """Train the small GPT; with a folder the trace goes there. Megatron's argparse lets later flags win."""
+    extra = args.split() if isinstance(args, str) else args
+    trace_args = ["--moe-et-trace-dir", str(folder)] if folder is not None and et else []
+    result = torchrun([*command, *model, *et, *trace_args, *extra], processes, timeout=timeout)
+    if succeeds:
+        assert result.returncode == 0, result.stdout[-TAIL:]
+    file = None if folder is None else folder / "et_trace.jsonl"
+    lines = file.read_text().splitlines() if file is not None and file.is_file() else []
+    trace = {record["step"]: record for record in map(json.loads, lines)}
+    return Run(result.returncode, result.stdout, trace)
+
+
+def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """All tensors of a torch_dist checkpoint, whole, by key."""
+    path = folder / f"iter_{iteration:07d}"
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    return tensors
+
+
+def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Bitwise equality of two checkpoints."""
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert not different, different

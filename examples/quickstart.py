@@ -6,8 +6,8 @@
 Steps, each skipped when its result is already there:
  1. a corpus of code and prose from this Python's own files          runs/quickstart/corpus
  2. a SentencePiece tokenizer and Megatron .bin/.idx datasets        runs/quickstart/data
- 3. torchrun, 2 processes, EP=2: a GPT with a dense first layer and MoE layers of 16 routed experts + 1 shared;
-    Expert Choice warm-up, then thresholds; stopped on the way       runs/quickstart/checkpoints, tensorboard
+ 3. torchrun, 2 processes, EP=2: a GPT with a dense first layer and MoE layers of 16 routed experts + 1
+    shared; Expert Choice warm-up, then thresholds; stopped          runs/quickstart/checkpoints, tensorboard
  4. resumed from the checkpoint and finished                         runs/quickstart/train.log
  5. tables and plots                                                 runs/quickstart/report
 
@@ -76,7 +76,8 @@ def data_args(data: Path) -> list[str]:
     }
     return [
         *("--train-data-path", *splits["train"], "--valid-data-path", *splits["valid"]),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data / "tokenizer.model")),
+        *("--tokenizer-type", "SentencePieceTokenizer"),
+        *("--tokenizer-model", str(data / "tokenizer.model")),
         *("--data-cache-path", str(data / "cache")),
     ]
 
@@ -85,7 +86,9 @@ def prepare_data(corpus: Path, data: Path) -> None:
     """Corpus, tokenizer and datasets; what exists is kept."""
     texts = {f"{d}.{s}": corpus / f"{d}.{s}.jsonl" for d in DOMAINS for s in ("train", "valid")}
     if not all(path.is_file() for path in texts.values()):
-        console.print("[bold]1/5[/] building a corpus from this Python's own sources, docstrings and licences")
+        console.print(
+            "[bold]1/5[/] building a corpus from this Python's own sources, docstrings and licences"
+        )
         summary = build_corpus(corpus, max_bytes_per_domain=BYTES_PER_DOMAIN)
         for name, size in summary.sizes.items():
             console.print(f"      {name:12} {size.documents:5d} documents  {size.bytes / 1e6:6.2f} MB")
@@ -111,7 +114,8 @@ def train(args: list[str], iterations: int, log: Path, what: str) -> None:
         *("-m", "megatron_et.pretrain_gpt", *args),
     ]
     env = {**os.environ, "MEGATRON_ET_CPU": "1", "OMP_NUM_THREADS": "1"}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
+    steps = TextColumn("{task.completed}/{task.total} steps")
+    columns = (TextColumn("{task.description}"), BarColumn(), steps)
     with (
         log.open("a") as file,
         subprocess.Popen(

@@ -1,4 +1,7 @@
-"""The `megatron-et` command. Each subcommand lives in its own module with add_arguments(parser) and run(args)."""
+"""The `megatron-et` command.
+
+Each subcommand lives in its own module with add_arguments(parser) and run(args).
+"""
 
 import argparse
 import importlib

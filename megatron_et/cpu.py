@@ -15,6 +15,7 @@ CPU's generator also plays the GPU's: runs are reproducible and resume exactly, 
 dropout masks are not those of a GPU.
 """
 
+import atexit
 import collections
 import contextlib
 import copy
@@ -28,12 +29,12 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_et.host import wheel
 from megatron_et.rank_zero import say
 
 ENV = "MEGATRON_ET_CPU"
@@ -105,9 +106,17 @@ def install() -> None:
     _replace_collectives()
     _hide_gpu_libraries()
     sys.meta_path.insert(0, _RepairOnImport())
+    atexit.register(_close_process_groups)
     _installed = True
     if multiprocessing.parent_process() is None:  # not in spawned checkpoint writers
         say(f"{ENV}: the CPU development backend is on. It proves nothing about GPU speed.")
+
+
+def _close_process_groups() -> None:
+    """Megatron leaves the process groups open; gloo's threads, still running when the interpreter ends, then
+    abort the process now and then ("terminate called without an active exception") after a good run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ---- torch.cuda ------------------------------------------------------------------------------------------
@@ -313,12 +322,6 @@ def _hide_gpu_libraries() -> None:
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
 
 
-def _repair_dataset_helpers(utils: Any) -> None:
-    """core/datasets/utils.py:compile_helpers runs `make`: the wheel has the helper and no Makefile."""
-    if not (Path(utils.__file__).parent / "Makefile").exists():
-        utils.compile_helpers = lambda: None
-
-
 def _repair_norm(torch_norm: Any) -> None:
     """core/transformer/torch_norm.py refuses sequence parallelism, which MoE with TP demands.
 
@@ -395,7 +398,7 @@ def _repair_schedules(schedules: Any) -> None:
 
 
 _REPAIRS: dict[str, Callable[[Any], None]] = {
-    "megatron.core.datasets.utils": _repair_dataset_helpers,
+    "megatron.core.datasets.utils": wheel.repair,
     "megatron.core.transformer.torch_norm": _repair_norm,
     "megatron.core.optimizer.distrib_optimizer": _repair_distributed_optimizer,
     "megatron.core.pipeline_parallel.schedules": _repair_schedules,

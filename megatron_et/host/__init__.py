@@ -9,6 +9,7 @@
 | grads.py | `finalize_model_grads` | reduce the batch's statistics beside the gradients |
 | step.py | `train_step` | commit or discard once the optimizer step is known to count |
 | logging.py | `training_log` | TensorBoard, W&B, console line, trace |
+| wheel.py | `compile_helpers` | runs from pip packages alone |
 | checkpoint.py | `load_checkpoint`, `_load_base_checkpoint` | top-k checkpoints start a warm-up and say so |
 """
 
@@ -33,9 +34,10 @@ def install() -> None:
     if _installed:
         return
     check_version()
-    from megatron_et.host import layer
+    from megatron_et.host import layer, wheel
 
     layer.install()
+    wheel.install()
     if importlib.util.find_spec("megatron.training") is not None:
         from megatron_et.host import arguments, checkpoint, grads, logging, step
 

@@ -1,14 +1,15 @@
-"""Pretraining in which the router of layer 3 sees NaN logits from the third global batch on (test_training.py)."""
+"""Pretraining in which the router of layer 3 sees POISON (nan or inf) logits from the third global batch on
+(test_training.py)."""
 
 if __name__ == "__main__":
-    import sys
+    import os
 
     import torch
 
     from megatron_et.gpt import pretrain_gpt
     from megatron_et.router import ExpertThresholdRouter
 
-    value = float(sys.argv.pop(1))
+    value = float(os.environ["POISON"])
     original = ExpertThresholdRouter.gating
 
     def gating(self: ExpertThresholdRouter, input: torch.Tensor) -> torch.Tensor:

@@ -13,18 +13,25 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from tests.launch import TAIL, torchrun
 
+
+def words(line: str) -> list[str]:
+    """A command line as it is typed."""
+    return line.split()
+
+
 # A GPT with a dense first layer and three MoE layers; Megatron's default dropout stays on.
-GPT_ARGS = """
-    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --swiglu --disable-bias-linear
-    --normalization RMSNorm --position-embedding-type rope --seq-length 64 --max-position-embeddings 64
+GPT_ARGS = words("""
+    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --swiglu
+    --disable-bias-linear --normalization RMSNorm --position-embedding-type rope --seq-length 64 --max-position-embeddings 64
     --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 128
-    --num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 48
-    --moe-layer-freq [0,1,1,1] --moe-token-dispatcher-type alltoall
+    --num-experts 8 --moe-router-topk 2 --moe-layer-freq [0,1,1,1] --moe-token-dispatcher-type alltoall
+    --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 48
     --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --split 90,5,5
-    --micro-batch-size 2 --global-batch-size 8 --lr 2e-3 --lr-decay-style constant --lr-decay-iters 100 --override-opt-param-scheduler
-    --save-interval 100 --log-interval 1 --eval-interval 4 --eval-iters 1 --use-distributed-optimizer --tensorboard-log-interval 1
-""".split()
-ET_ARGS = "--moe-router-type expert-threshold --moe-et-warmup-steps 4 --moe-et-ema-decay 0.9".split()
+    --micro-batch-size 2 --global-batch-size 8 --use-distributed-optimizer
+    --lr 2e-3 --lr-decay-style constant --lr-decay-iters 100 --override-opt-param-scheduler
+    --save-interval 100 --log-interval 1 --eval-interval 4 --eval-iters 1 --tensorboard-log-interval 1
+""")
+ET_ARGS = words("--moe-router-type expert-threshold --moe-et-warmup-steps 4 --moe-et-ema-decay 0.9")
 MOE_LAYERS = ["2", "3", "4"]
 
 
@@ -60,13 +67,14 @@ def pretrain(
     command: tuple[str, ...] = ("-m", "megatron_et.pretrain_gpt"),
     et: list[str] = ET_ARGS,
     model: list[str] = GPT_ARGS,
+    env: dict[str, str] | None = None,
     succeeds: bool = True,
     timeout: int = 200,
 ) -> Run:
     """Train the small GPT; with a folder the trace goes there. Megatron's argparse lets later flags win."""
     extra = args.split() if isinstance(args, str) else args
     trace_args = ["--moe-et-trace-dir", str(folder)] if folder is not None and et else []
-    result = torchrun([*command, *model, *et, *trace_args, *extra], processes, timeout=timeout)
+    result = torchrun([*command, *model, *et, *trace_args, *extra], processes, env=env, timeout=timeout)
     if succeeds:
         assert result.returncode == 0, result.stdout[-TAIL:]
     file = None if folder is None else folder / "et_trace.jsonl"

@@ -1,4 +1,5 @@
-"""Megatron's MoELayer with our router and dispatchers, against dense formulas and the invariants (layers.py)."""
+"""Megatron's MoELayer with our router and dispatchers, against dense formulas and the invariants
+(layers.py)."""
 
 import pytest
 

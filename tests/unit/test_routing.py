@@ -28,8 +28,8 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_same_gates(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to a few ulp: torch's CPU sigmoid takes another code path for the last few elements of a tensor (and
-    for denormals), so the same logit may round differently at another position. The map never does."""
+    """Equal to a few ulp: torch's CPU sigmoid takes another code path for the last few elements of a tensor
+    (and for denormals), so a logit may round differently at another position. The map never does."""
     torch.testing.assert_close(actual, expected, rtol=5e-7, atol=1e-37)
 
 

@@ -59,7 +59,7 @@ def moe_layer(
     with torch.no_grad():
         # Wide enough that tokens with 0, 1 and many experts all occur.
         layer.router.weight.normal_(0, 0.5)
-        layer.router.thresholds.value.copy_(torch.linspace(0.2, 1.7, settings["num_moe_experts"]))
+        layer.router.thresholds.value.copy_(torch.linspace(0.8, 2.4, settings["num_moe_experts"]))
         for expert in layer.experts.local_experts:
             for weight in expert.parameters():
                 weight.normal_(0, 0.3)

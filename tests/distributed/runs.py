@@ -22,7 +22,8 @@ def words(line: str) -> list[str]:
 # A GPT with a dense first layer and three MoE layers; Megatron's default dropout stays on.
 GPT_ARGS = words("""
     --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --swiglu
-    --disable-bias-linear --normalization RMSNorm --position-embedding-type rope --seq-length 64 --max-position-embeddings 64
+    --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
+    --seq-length 64 --max-position-embeddings 64
     --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 128
     --num-experts 8 --moe-router-topk 2 --moe-layer-freq [0,1,1,1] --moe-token-dispatcher-type alltoall
     --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 48

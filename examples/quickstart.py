@@ -37,6 +37,7 @@ DOMAINS = ("code", "prose")
 VOCABULARY = 4096
 BYTES_PER_DOMAIN = 6_000_000
 PROCESSES = 2
+LOG_INTERVAL = 5
 
 MODEL_ARGS = [
     *("--num-layers", "4", "--hidden-size", "128", "--ffn-hidden-size", "384", "--num-attention-heads", "4"),
@@ -50,11 +51,24 @@ MOE_ARGS = [
     *("--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", "2"),
 ]
 TRAINING_ARGS = [
-    *("--micro-batch-size", "8", "--global-batch-size", "16", "--lr", "2e-3", "--min-lr", "2e-4"),
+    *("--micro-batch-size", "8", "--global-batch-size", "16", "--lr", "2e-3", "--min-lr", "1e-4"),
     *("--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--weight-decay", "0.0", "--clip-grad", "1.0"),
-    *("--use-distributed-optimizer", "--seed", "1234", "--log-interval", "5", "--eval-iters", "8"),
+    *(
+        "--use-distributed-optimizer",
+        "--seed",
+        "1234",
+        "--log-interval",
+        str(LOG_INTERVAL),
+        "--eval-iters",
+        "8",
+    ),
     *("--log-throughput", "--ckpt-format", "torch_dist"),
 ]
+
+
+def warmup_steps(iterations: int) -> int:
+    """Global batches routed by Expert Choice first."""
+    return iterations // 2
 
 
 def router_args(router: str, iterations: int, run: Path) -> list[str]:
@@ -64,7 +78,7 @@ def router_args(router: str, iterations: int, run: Path) -> list[str]:
     return [
         *("--moe-router-type", router, "--moe-et-trace-dir", str(run)),
         # The paper's decay 0.999 and warm-up 4000 are for 20k steps; both shrink with the run.
-        *("--moe-et-ema-decay", "0.95", "--moe-et-warmup-steps", str(iterations // 3)),
+        *("--moe-et-ema-decay", "0.9", "--moe-et-warmup-steps", str(warmup_steps(iterations))),
     ]
 
 
@@ -151,7 +165,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of everything")
-    parser.add_argument("--iterations", type=int, default=300, help="training steps (at least 30)")
+    parser.add_argument("--iterations", type=int, default=400, help="training steps (at least 30)")
     parser.add_argument(
         "--router", choices=("expert-threshold", "expert-choice", "topk"), default="expert-threshold"
     )
@@ -170,14 +184,14 @@ def main(argv: Iterable[str] | None = None) -> None:
             shutil.rmtree(old, ignore_errors=True)
         for old in (log, run / "et_trace.jsonl"):
             old.unlink(missing_ok=True)
-    total, half = options.iterations, options.iterations * 3 // 5
+    total, half = options.iterations, options.iterations * 3 // 4
     args = [
         *MODEL_ARGS,
         *MOE_ARGS,
         *TRAINING_ARGS,
         *("--train-iters", str(total), "--eval-interval", str(max(total // 6, 1))),
         *("--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(total)),
-        *("--tensorboard-dir", str(run / "tensorboard"), "--tensorboard-log-interval", "5"),
+        *("--tensorboard-dir", str(run / "tensorboard"), "--tensorboard-log-interval", str(LOG_INTERVAL)),
         *data_args(run.parent / "data"),
         *router_args(options.router, total, run),
     ]
@@ -190,7 +204,10 @@ def main(argv: Iterable[str] | None = None) -> None:
     else:
         console.print(f"this run is finished ({total} steps): drawing its report again; --fresh trains anew")
     console.print("[bold]5/5[/] report")
-    print_report(make_report(run))
+    # All logged steps after the warm-up, the ones right after the switch included.
+    logged_after_warmup = (total - warmup_steps(total)) // LOG_INTERVAL
+    topk = options.router == "topk"
+    print_report(make_report(run, last_steps=None if topk else logged_after_warmup))
     console.print(f"all done in {time.monotonic() - started:.0f} s; everything is in {run}")
 
 

@@ -101,7 +101,7 @@ class LayerBatch:
         }
 
     def trace(self) -> dict[str, list[float] | list[int] | list[float | None]]:
-        """Per-expert numbers for et_trace.jsonl (docs/report.md)."""
+        """Per-expert numbers for et_trace.jsonl (docs/metrics.md)."""
         return {
             "usage": self.usage_E().tolist(),
             "threshold": _finite(self.thresholds_E),

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup quickstart test test-unit test-distributed lint format gpu-check lock clean
+.PHONY: help setup quickstart test test-unit test-distributed lint format docs gpu-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -37,6 +37,10 @@ lint: setup  ## ruff format check, ruff, mypy
 format: setup  ## rewrite the code in the house format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+docs: setup  ## write docs/flags.md and the README's picture again
+	$(PY) docs/flags.py
+	$(PY) docs/picture.py
 
 lock: setup  ## resolve requirements.lock again (needs uv on the PATH)
 	uv pip compile pyproject.toml --extra dev -c constraints.txt --python-version 3.12 \

@@ -13,7 +13,7 @@ EXPERTS, TARGET = 4, 0.25
 
 
 def main() -> None:
-    """Logits of twelve tokens for four experts, a threshold for each expert, and the fan-out that comes of it."""
+    """Logits of twelve tokens for four experts, each expert's threshold, and the fan-out that comes of it."""
     rng = np.random.default_rng(5)
     logits_ET = rng.normal(size=(EXPERTS, len(TOKENS))) + 0.9 * rng.normal(size=len(TOKENS))
     stream_EN = rng.normal(size=(EXPERTS, 4000)) + 0.9 * rng.normal(size=4000)

@@ -61,6 +61,17 @@ def _total(coefficients: float | Collection[float] | None) -> float:
     return sum(coefficients) if isinstance(coefficients, Collection) else coefficients or 0.0
 
 
+def _weight_shards(settings: Any) -> bool:
+    # More shards than tensor-parallel ranks means that data-parallel ranks hold parts of one weight.
+    for prefix in ("", "expert_"):
+        shards = getattr(settings, f"{prefix}tensor_parallel_num_weight_shards", None) or 1
+        ranks = getattr(settings, f"{prefix}tensor_parallel_size", None)
+        ranks = ranks or getattr(settings, "tensor_model_parallel_size", None) or 1
+        if shards > ranks or getattr(settings, f"{prefix}gtp_weight_remat_size", 1) > 1:
+            return True
+    return False
+
+
 REFUSALS = (
     Refusal(
         "--moe-aux-loss-coeff",
@@ -166,6 +177,24 @@ REFUSALS = (
         lambda s: getattr(s, "use_megatron_fsdp", False) or getattr(s, "use_torch_fsdp2", False),
         "the thresholds' buffers have not been checked under FSDP",
         "use DDP with --use-distributed-optimizer",
+    ),
+    Refusal(
+        "--tensor-parallel-num-weight-shards / --expert-tensor-parallel-num-weight-shards",
+        _weight_shards,
+        "the ranks that share a weight's shards hold tokens that the thresholds' statistics would miss",
+        "leave them out",
+    ),
+    Refusal(
+        "--moe-use-upcycling",
+        _get("moe_use_upcycling"),
+        "an upcycled state dict holds no thresholds",
+        "upcycle with --moe-router-type topk, save, and start Expert Threshold routing from that checkpoint",
+    ),
+    Refusal(
+        "--moe-routing-trace-path",
+        _get("moe_routing_trace_path"),
+        "Megatron's router trace records exactly top-k experts for each token",
+        "use --moe-et-trace-dir",
     ),
     Refusal(
         "--yaml-cfg",

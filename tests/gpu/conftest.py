@@ -1,0 +1,30 @@
+"""What the GPU tests share: they skip themselves without a GPU, and each names the feature that it checks.
+
+The first line of a test's docstring is the feature, `{name}` in it a parameter of the test. `make gpu-check`
+reads it from the JUnit report and keeps one row for it in docs/verified.md.
+"""
+
+from pathlib import Path
+
+import pytest
+
+# Before any test imports Transformer Engine, which needs the NCCL and cuDNN libraries that torch loads.
+import torch
+
+HERE = Path(__file__).parent
+
+
+def feature(item: pytest.Function) -> str:
+    """What a row of docs/verified.md calls the thing that a test checks."""
+    text = (item.function.__doc__ or "").strip().partition("\n")[0]
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return text.format(**parameters).rstrip(".")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name features and skip (the hook sees the items of the whole session)."""
+    for item in items:
+        if HERE in item.path.parents and isinstance(item, pytest.Function):
+            item.user_properties.append(("feature", feature(item)))
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,12 +1,22 @@
 """Pool quantiles: which logit is the k-th largest of an expert.
 
-Dimension letters: T tokens of the pool, E experts.
+Three answers to one question: `kth_largest` of a pool that is at hand, `kth_largest_of_ranks` of a pool that
+is spread over ranks (exact, without gathering logits), and `Histogram` of a pool that is spread over
+micro-batches and ranks (to within a bin, with one reduction at the end).
+
+Dimension letters: T tokens of the pool, E experts, B bins, Q quantiles asked for at once.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 
 type Count = int | torch.Tensor
 """A number of tokens: an int, or an int64 tensor that stays on its device."""
+
+BINS_PER_OCTAVE = 16
+MANTISSA_SHIFT = 23 - 4
+"""Bits of an fp32 mantissa below the four that number a bin inside its octave."""
 
 
 def expected_load(num_tokens: Count, topk: int, num_experts: int) -> Count:
@@ -82,3 +92,187 @@ def capacity_bounds(
     if capacity_factor == 0.0:
         return upper, upper
     return kth_largest(logits_TE, scaled(1.0 + capacity_factor), padding_mask_T=padding_mask_T), upper
+
+
+RADIX_BITS = 8
+"""Digits of the radix selection: four rounds of 256 counts for a 32-bit key."""
+
+
+def _ordered_keys(logits: torch.Tensor) -> torch.Tensor:
+    """int64 keys in [0, 2^32) that order like the fp32 logits; -0.0 and 0.0 share one."""
+    bits = (logits.float() + 0.0).view(torch.int32).long()
+    return torch.where(bits < 0, -1 - bits, bits + 2**31)
+
+
+def _logits_of_keys(keys: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_ordered_keys`."""
+    bits = torch.where(keys < 2**31, -1 - keys, keys - 2**31)
+    return bits.int().view(torch.float32)
+
+
+@torch.no_grad()
+def kth_largest_of_ranks(
+    logits_TE: torch.Tensor,
+    loads: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    group: "torch.distributed.ProcessGroup | None",
+    *,
+    padding_mask_T: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
+    """k-th largest logits of the pool that all ranks of a group hold together, exactly, for several k at
+    once.
+
+    Radix selection: the 32 bits of an order-preserving key are found 8 at a time from counts summed over the
+    ranks. Four all-reduces of [Q, E, 256] integers, whatever the number of tokens; every rank must call it,
+    with or without tokens.
+
+    Args:
+        logits_TE: [tokens, experts] fp32 of this rank.
+        loads: gives the wanted k, int64 scalars, from N, the pool's number of tokens (an int64 scalar on the
+            device).
+        group: ranks that share the pool; None or one rank: this rank's tokens.
+        padding_mask_T: [tokens] bool, True for tokens that do not belong to the pool.
+
+    Returns:
+        for each k the cutoffs [experts] fp32, as `kth_largest` of the gathered logits would give them.
+    """
+    num_experts = logits_TE.shape[1]
+    buckets = 1 << RADIX_BITS
+    keys_TE = _ordered_keys(logits_TE)
+    row_E = torch.arange(num_experts, device=logits_TE.device) * buckets
+    valid_T = 1 if padding_mask_T is None else (~padding_mask_T).long().unsqueeze(1)
+    # The digits found so far. None at first, so that every key agrees with them, for whichever k.
+    prefix_QE = torch.zeros(1, num_experts, dtype=torch.int64, device=logits_TE.device)
+    wanted_QE = remaining_QE = prefix_QE
+    for shift in range(32 - RADIX_BITS, -1, -RADIX_BITS):
+        bucket_TE = ((keys_TE >> shift) & (buckets - 1)) + row_E
+        counts = torch.zeros(
+            len(prefix_QE), num_experts * buckets, dtype=torch.int64, device=logits_TE.device
+        )
+        for counts_EB, prefix_E in zip(counts, prefix_QE, strict=True):
+            candidate_TE = (keys_TE >> (shift + RADIX_BITS) == prefix_E).long() * valid_T
+            counts_EB.index_add_(0, bucket_TE.reshape(-1), candidate_TE.reshape(-1))
+        if group is not None and group.size() > 1:
+            torch.distributed.all_reduce(counts, group=group)
+        descending_QEB = counts.view(-1, num_experts, buckets).flip(2)
+        if shift == 32 - RADIX_BITS:
+            total = descending_QEB[0, 0].sum()
+            wanted_Q = torch.stack([torch.minimum(k, total) for k in loads(total)])
+            wanted_QE = remaining_QE = wanted_Q.unsqueeze(1).expand(-1, num_experts)
+            descending_QEB = descending_QEB.expand(len(wanted_Q), -1, -1)
+        cumulative_QEB = descending_QEB.cumsum(dim=2)
+        place_QE1 = (
+            (cumulative_QEB < remaining_QE.unsqueeze(2)).sum(dim=2, keepdim=True).clamp_(max=buckets - 1)
+        )
+        above_QE1 = cumulative_QEB.gather(2, place_QE1) - descending_QEB.gather(2, place_QE1)
+        remaining_QE = remaining_QE - above_QE1.squeeze(2)
+        prefix_QE = (prefix_QE << RADIX_BITS) | (buckets - 1 - place_QE1.squeeze(2))
+    cutoffs_QE = torch.where(wanted_QE > 0, _logits_of_keys(prefix_QE), torch.inf)
+    return list(cutoffs_QE.unbind(0))
+
+
+class Histogram:
+    """Integer counts of an expert's logits in bins around a centre; quantiles of any merged pool come from
+    them.
+
+    Bins are spaced log-linearly on both sides of the centre: 16 in every octave of |logit - centre|, from
+    2^-20 to 2^12 for 1,024 bins. They are fine where the quantile is expected and reach everywhere: the
+    outermost bins take the rest of the number line, so a quantile that is far off is only found coarsely, and
+    the next batch, centred on that finding, finds it finely. No scale has to be known, and the first batch
+    starts at centre 0.
+
+    The bin of a logit is read off its bits (sign, exponent and four bits of mantissa of logit - centre), so
+    it is the same on every device, and counts are integers: `merge` is exact, and a pool's quantile does not
+    depend on how the pool was split over micro-batches and ranks.
+
+    Args:
+        num_experts: E.
+        bins: bins per expert, a multiple of 64.
+        centers: [E] fp32, where each expert's quantile is expected; 0 if left out.
+        device: where the counts live.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        bins: int = 1024,
+        *,
+        centers: torch.Tensor | None = None,
+        device: torch.device | int | str | None = None,
+    ) -> None:
+        if bins <= 0 or bins % 64:
+            raise ValueError(f"bins is {bins}: it must be a positive multiple of 64")
+        self.num_experts, self.bins = num_experts, bins
+        self.centers_E = (
+            torch.zeros(num_experts, device=device) if centers is None else centers.detach().float().clone()
+        )
+        self.counts_EB = torch.zeros(num_experts, bins, dtype=torch.int64, device=self.centers_E.device)
+
+    @property
+    def _octaves(self) -> tuple[int, int]:
+        """Exponents of the smallest distance that has an octave of its own and of the largest."""
+        octaves = self.bins // (2 * BINS_PER_OCTAVE)
+        return octaves * 3 // 8 - octaves, octaves * 3 // 8
+
+    @torch.no_grad()
+    def add(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Count one part of the pool. No communication, no host synchronisation.
+
+        Args:
+            logits: [tokens, experts] fp32.
+            padding_mask: [tokens] bool, True for tokens that do not belong to the pool.
+        """
+        half = self.bins // 2
+        distance_TE = logits - self.centers_E
+        octave_TE = (distance_TE.abs().view(torch.int32) >> MANTISSA_SHIFT) - self._bits_of_first_octave
+        magnitude_TE = octave_TE.clamp_(0, half - 1).long()
+        bin_TE = torch.where(distance_TE >= 0, half + magnitude_TE, half - 1 - magnitude_TE)
+        row_E = torch.arange(self.num_experts, device=logits.device) * self.bins
+        weight_T = (
+            torch.ones(logits.shape[0], dtype=torch.int64, device=logits.device)
+            if padding_mask is None
+            else (~padding_mask).long()
+        )
+        weight_TE = weight_T.unsqueeze(1).expand(-1, self.num_experts)
+        self.counts_EB.view(-1).index_add_(0, (bin_TE + row_E).reshape(-1), weight_TE.reshape(-1))
+
+    @property
+    def _bits_of_first_octave(self) -> int:
+        return (127 + self._octaves[0]) * BINS_PER_OCTAVE
+
+    def merge(self, other: "Histogram") -> None:
+        """Add another part of the pool. Raises ValueError when it was counted in other bins."""
+        if other.bins != self.bins or not torch.equal(other.centers_E, self.centers_E):
+            raise ValueError(
+                "histograms with different bins or centres count different things and do not merge"
+            )
+        self.counts_EB += other.counts_EB
+
+    def kth_largest(self, k: Count) -> torch.Tensor:
+        """The k-th largest logit of every expert, to within a bin, interpolated linearly inside it.
+
+        Args:
+            k: tokens wanted per expert, an int or a one-element int64 tensor; as in the function
+                `kth_largest`, all tokens if there are fewer, and +inf for 0 or an empty histogram.
+
+        Returns:
+            cutoffs [experts] fp64.
+        """
+        k = torch.as_tensor(k, device=self.counts_EB.device)
+        descending_EB = self.counts_EB.flip(1)
+        cumulative_EB = descending_EB.cumsum(dim=1)
+        k_E = torch.minimum(k, cumulative_EB[:, -1])
+        place_E = (cumulative_EB < k_E.unsqueeze(1)).sum(dim=1, keepdim=True)
+        inside_E = descending_EB.gather(1, place_E).squeeze(1)
+        above_E = cumulative_EB.gather(1, place_E).squeeze(1) - inside_E
+        edges = self._edges()
+        high_E, low_E = edges[self.bins - place_E.squeeze(1)], edges[self.bins - 1 - place_E.squeeze(1)]
+        share_E = (k_E - above_E).double() / inside_E.clamp(min=1)
+        cutoffs_E = self.centers_E.double() + high_E - (high_E - low_E) * share_E
+        return torch.where(k_E > 0, cutoffs_E, torch.inf)
+
+    def _edges(self) -> torch.Tensor:
+        """Distances from the centre that bound the bins, ascending, [bins + 1] fp64."""
+        steps = torch.arange(self.bins // 2 + 1, dtype=torch.int32, device=self.counts_EB.device)
+        positive = ((steps + self._bits_of_first_octave) << MANTISSA_SHIFT).view(torch.float32).double()
+        positive[0] = 0.0
+        return torch.cat([-positive.flip(0), positive[1:]])

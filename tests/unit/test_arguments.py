@@ -333,7 +333,7 @@ def test_the_seam_takes_over_only_what_was_loaded(monkeypatch: pytest.MonkeyPatc
     args = parse("--moe-et-ema-decay=0.75")
 
     # Megatron returns the arguments alone where there is no checkpoint, else the checkpoint's beside them.
-    nothing_found = arguments._load_args_from_checkpoint(lambda args, load_arg="load": args)
+    nothing_found = arguments._load_args_from_checkpoint(lambda args, **_: args)
     assert nothing_found(args, load_arg="pretrained_checkpoint") is args
     assert args.moe_router_type == "topk"
     found = (args, saved_args())

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 RouterType = Literal["topk", "expert-threshold", "expert-choice"]
 GateNormalization = Literal["none", "fanout"]
-Pool = Literal["microbatch"]
-Quantile = Literal["kth-largest"]
+Pool = Literal["microbatch", "global"]
+Quantile = Literal["histogram", "kth-largest"]
 
 
 class ConfigError(ValueError):
@@ -61,13 +61,17 @@ class ExpertThresholdConfig:
     pool: Pool = _knob(
         "microbatch",
         "--moe-et-pool",
-        "routing pool of Expert Choice and capacity: microbatch = this rank's tokens of the micro-batch",
+        "routing pool of Expert Choice and capacity: microbatch = this rank's tokens of the micro-batch, "
+        "global = all "
+        "ranks' tokens of the micro-batch step (exact, four small all-reduces a layer while such a bound is "
+        "in force)",
     )
     quantile: Quantile = _knob(
-        "kth-largest",
+        "histogram",
         "--moe-et-quantile",
-        "population quantile of the global batch: kth-largest = the paper's mean of the k-th largest logits "
-        "over micro-batches and ranks",
+        "population quantile of the global batch: histogram = of all its tokens, from integer counts, "
+        "whatever the "
+        "layout; kth-largest = the paper's mean of the k-th largest logits over micro-batches and ranks",
     )
     max_fanout: int | None = _knob(
         None, "--moe-et-max-fanout", "at most this many experts a token, best logits first; none = no bound"

@@ -84,14 +84,21 @@ def capacity_bounds(
         (lower, upper), each [experts].
     """
 
+    fewest, most = capacity_loads(k, capacity_factor)
+    upper = kth_largest(logits_TE, fewest, padding_mask_T=padding_mask_T)
+    if capacity_factor == 0.0:
+        return upper, upper
+    return kth_largest(logits_TE, most, padding_mask_T=padding_mask_T), upper
+
+
+def capacity_loads(k: Count, capacity_factor: float) -> tuple[Count, Count]:
+    """Fewest and most tokens that an expert may take: (1-C)k, not below 0, and (1+C)k, rounded down (F.1)."""
+
     def scaled(factor: float) -> Count:
         # float64 like the authors' int(k * (1 +- C)); a tensor k stays on its device.
         return int(k * factor) if isinstance(k, int) else (k.double() * factor).long()
 
-    upper = kth_largest(logits_TE, scaled(max(1.0 - capacity_factor, 0.0)), padding_mask_T=padding_mask_T)
-    if capacity_factor == 0.0:
-        return upper, upper
-    return kth_largest(logits_TE, scaled(1.0 + capacity_factor), padding_mask_T=padding_mask_T), upper
+    return scaled(max(1.0 - capacity_factor, 0.0)), scaled(1.0 + capacity_factor)
 
 
 RADIX_BITS = 8

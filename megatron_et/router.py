@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_et import compatibility
 from megatron_et.config import ConfigError, ExpertThresholdConfig
-from megatron_et.quantile import capacity_bounds, expected_load
+from megatron_et.quantile import capacity_bounds, capacity_loads, expected_load, kth_largest_of_ranks
 from megatron_et.routing import expert_threshold
 from megatron_et.statistics import BatchRecord, RouterStatistics
 from megatron_et.threshold import ThresholdEMA
@@ -33,6 +33,9 @@ def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
     except (ImportError, AssertionError):
         # No megatron.training, or its arguments were never parsed.
         return ExpertThresholdConfig()
+
+
+_THRESHOLD_BUFFERS = ("thresholds.value", "thresholds.num_updates", "thresholds.last_cutoff")
 
 
 class ExpertThresholdRouter(TopKRouter):
@@ -81,7 +84,9 @@ class ExpertThresholdRouter(TopKRouter):
         self.thresholds = ThresholdEMA(self.num_experts, et_config.ema_decay, device=device)
         self.register_buffer("committed_batches", torch.zeros(1, dtype=torch.int64, device=device))
         self._committed_batches_on_host: int | None = 0
-        self.statistics = RouterStatistics(self.num_experts, self.topk, device=device)
+        self.statistics = RouterStatistics(
+            self.num_experts, self.topk, quantile=et_config.quantile, device=device
+        )
         self.last_batch: BatchRecord | None = None
 
     @property
@@ -122,9 +127,7 @@ class ExpertThresholdRouter(TopKRouter):
         # With activation recompute the first forward runs without grad: each micro-batch is counted exactly
         # once.
         if self.training and torch.is_grad_enabled():
-            self.statistics.add(
-                logits_TE.detach(), routing_map_TE, self.thresholds.value, bounds, padding_mask_T
-            )
+            self.statistics.add(logits_TE.detach(), routing_map_TE, self.thresholds, bounds, padding_mask_T)
         return gates_TE, routing_map_TE
 
     def _bounds(
@@ -133,9 +136,24 @@ class ExpertThresholdRouter(TopKRouter):
         capacity = self.et_config.capacity(self.num_committed_batches)
         if capacity is None:
             return None
+        if self.et_config.pool == "global":
+            return self._global_bounds(logits_TE, capacity, padding_mask_T)
         num_tokens = logits_TE.shape[0] if padding_mask_T is None else (~padding_mask_T).sum()
         k = expected_load(num_tokens, self.topk, self.num_experts)
         return capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T)
+
+    def _global_bounds(
+        self, logits_TE: torch.Tensor, capacity: float, padding_mask_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def loads(num_tokens: torch.Tensor) -> list[torch.Tensor]:
+            k = expected_load(num_tokens, self.topk, self.num_experts)
+            fewest, most = capacity_loads(k, capacity)
+            return (
+                [torch.as_tensor(fewest), torch.as_tensor(most)] if capacity > 0.0 else [torch.as_tensor(k)]
+            )
+
+        cutoffs = kth_largest_of_ranks(logits_TE, loads, self.tp_dp_cp_group, padding_mask_T=padding_mask_T)
+        return cutoffs[-1], cutoffs[0]
 
     def commit(self) -> None:
         """Take over the proposed thresholds: the global batch counted."""
@@ -151,7 +169,7 @@ class ExpertThresholdRouter(TopKRouter):
 
     def state_keys(self, prefix: str) -> list[str]:
         """Names of this class's own entries in a state dict."""
-        return [prefix + name for name in ("thresholds.value", "thresholds.num_updates", "committed_batches")]
+        return [prefix + name for name in (*_THRESHOLD_BUFFERS, "committed_batches")]
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's sharded state dict; without our entries while a checkpoint that has none is being

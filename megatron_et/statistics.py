@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_et.quantile import expected_load, kth_largest
+from megatron_et.config import Quantile
+from megatron_et.estimator import make_estimator
+from megatron_et.threshold import ThresholdEMA
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,16 @@ class BatchCounts:
     """[1], forward passes that were counted, summed over ranks."""
     nonfinite: torch.Tensor
     """[1], router logits that were NaN or infinite."""
-    samples: torch.Tensor
-    """[1], cutoffs in the estimator's sum (kth-largest)."""
 
     @staticmethod
     def size(num_experts: int) -> int:
         """Length of the integer vector that `split` takes."""
-        return 3 * num_experts + 1 + 4
+        return 3 * num_experts + 1 + 3
 
     @classmethod
     def split(cls, counts: torch.Tensor, num_experts: int) -> "BatchCounts":
         """Views into a [size(E)] vector."""
-        parts = counts.split([num_experts, num_experts, num_experts + 1, 1, 1, 1, 1])
+        parts = counts.split([num_experts, num_experts, num_experts + 1, 1, 1, 1])
         return cls(*parts)
 
 
@@ -61,40 +61,39 @@ class RouterStatistics:
     """Accumulators of one router for the global batch in flight. Never saved: a checkpoint falls between
     batches.
 
-    `counts` holds everything that is an integer. `cutoff_sum` is the paper's estimator: the sum of
-    per-micro-batch k-th largest logits, whose mean stands for the quantile of the global batch. fp64, so that
-    the order of adding fp32 values does not show in the fp32 threshold.
+    Plain tensors, not buffers: Float16Module would cast them, and wrappers would save or broadcast them.
     """
 
     def __init__(
-        self, num_experts: int, topk: int, *, device: torch.device | int | str | None = None
+        self,
+        num_experts: int,
+        topk: int,
+        *,
+        quantile: Quantile = "histogram",
+        device: torch.device | int | str | None = None,
     ) -> None:
         self.num_experts = num_experts
-        self.topk = topk
-        # Plain tensors, not buffers: Float16Module would cast the sum, and wrappers would save or broadcast
-        # both.
         self.counts = torch.zeros(BatchCounts.size(num_experts), dtype=torch.int64, device=device)
-        self.cutoff_sum = torch.zeros(num_experts, dtype=torch.float64, device=device)
+        self.estimator = make_estimator(quantile, num_experts, topk, device)
 
     @torch.no_grad()
     def add(
         self,
         logits_TE: torch.Tensor,
         routing_map_TE: torch.Tensor,
-        thresholds_E: torch.Tensor,
-        bounds: tuple[torch.Tensor, torch.Tensor] | None,
-        padding_mask_T: torch.Tensor | None,
+        thresholds: ThresholdEMA,
+        bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+        padding_mask_T: torch.Tensor | None = None,
     ) -> None:
         """Count one micro-batch of this rank. No communication, no host synchronisation.
 
         Args:
             logits_TE: [tokens, experts] fp32.
             routing_map_TE: [tokens, experts] bool, as routed (before any padding of the map).
-            thresholds_E: [experts], before the clamp.
+            thresholds: those that routed, before the clamp.
             bounds: (lower, upper) of the clamp, each [experts], or None.
             padding_mask_T: [tokens] bool, True for tokens that do not count.
         """
-        self._to(logits_TE.device)
         now = BatchCounts.split(self.counts, self.num_experts)
         num_tokens = logits_TE.shape[0]
         now.usage_E.add_(routing_map_TE.sum(dim=0))
@@ -110,35 +109,36 @@ class RouterStatistics:
         nonfinite_T = (~logits_TE.isfinite()).sum(dim=1)
         now.nonfinite.add_((nonfinite_T * valid_T).sum())
         if bounds is not None:
-            now.at_bound_E.add_((bounds[0] > thresholds_E) | (bounds[1] < thresholds_E))
-        self._add_cutoffs(
-            logits_TE, valid_T.sum() if padding_mask_T is not None else num_tokens, padding_mask_T, now
-        )
+            now.at_bound_E.add_((bounds[0] > thresholds.value) | (bounds[1] < thresholds.value))
+        valid = num_tokens if padding_mask_T is None else valid_T.sum()
+        self.estimator.add(logits_TE, valid, padding_mask_T, thresholds.last_cutoff)
 
-    def _add_cutoffs(
-        self,
-        logits_TE: torch.Tensor,
-        num_tokens: int | torch.Tensor,
-        padding_mask_T: torch.Tensor | None,
-        now: BatchCounts,
-    ) -> None:
-        k = expected_load(num_tokens, self.topk, self.num_experts)
-        cutoffs_E = kth_largest(logits_TE, k, padding_mask_T=padding_mask_T).double()
-        # A pool too small for one token per expert has no k-th largest logit: it adds nothing.
-        if isinstance(k, int):
-            if k > 0:
-                self.cutoff_sum.add_(cutoffs_E)
-                now.samples.add_(1)
-        else:
-            self.cutoff_sum.add_(torch.where(k > 0, cutoffs_E, 0.0))
-            now.samples.add_(k > 0)
+    def integers(self) -> torch.Tensor:
+        """Everything that is summed as integers, flat int64."""
+        return torch.cat([self.counts, self.estimator.integers])
 
-    def _to(self, device: torch.device) -> None:
-        if self.counts.device != device:
-            self.counts = self.counts.to(device)
-            self.cutoff_sum = self.cutoff_sum.to(device)
+    def sizes(self) -> tuple[int, int]:
+        """Lengths of `integers()` and of the estimator's `reals`."""
+        return self.counts.numel() + self.estimator.integers.numel(), self.estimator.reals.numel()
+
+    def reduced(
+        self, integers: torch.Tensor, reals: torch.Tensor, centers_E: torch.Tensor
+    ) -> tuple[BatchCounts, torch.Tensor, torch.Tensor]:
+        """Counts, cutoffs [experts] fp64 and their validity [1] bool of the sums over all ranks.
+
+        Args:
+            integers: sum of `integers()`.
+            reals: sum of the estimator's `reals`.
+            centers_E: last cutoffs, as given to `add`.
+        """
+        size = BatchCounts.size(self.num_experts)
+        # A copy: records live until the next batch, and a view would keep the histograms of all layers with
+        # it.
+        counts = BatchCounts.split(integers[:size].clone(), self.num_experts)
+        cutoffs_E, valid = self.estimator.cutoffs(integers[size:], reals, counts.tokens, centers_E)
+        return counts, cutoffs_E, valid
 
     def reset(self) -> None:
         """Start the next global batch."""
-        self.counts.zero_()
-        self.cutoff_sum.zero_()
+        for accumulator in (self.counts, self.estimator.integers, self.estimator.reals):
+            accumulator.zero_()

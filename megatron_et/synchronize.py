@@ -26,8 +26,8 @@ class PendingReduction:
     """A reduction in flight."""
 
     routers: Sequence[ExpertThresholdRouter]
-    counts: torch.Tensor
-    cutoff_sums: torch.Tensor
+    integers: torch.Tensor
+    reals: torch.Tensor
     handles: Sequence["torch.distributed.Work"]
 
 
@@ -47,8 +47,8 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
     """
     if not routers:
         return None
-    counts = torch.cat([router.statistics.counts for router in routers])
-    cutoff_sums = torch.cat([router.statistics.cutoff_sum for router in routers])
+    integers = torch.cat([router.statistics.integers() for router in routers])
+    reals = torch.cat([router.statistics.estimator.reals for router in routers])
     for router in routers:
         router.statistics.reset()
     group = routers[0].tp_dp_cp_group
@@ -56,9 +56,10 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
     if group is not None and torch.distributed.is_initialized() and group.size() > 1:
         handles = [
             torch.distributed.all_reduce(tensor, group=group, async_op=True)
-            for tensor in (counts, cutoff_sums)
+            for tensor in (integers, reals)
+            if tensor.numel() > 0
         ]
-    return PendingReduction(routers, counts, cutoff_sums, handles)
+    return PendingReduction(routers, integers, reals, handles)
 
 
 @torch.no_grad()
@@ -69,18 +70,18 @@ def finish_reduction(pending: PendingReduction | None) -> None:
         return
     for handle in pending.handles:
         handle.wait()
-    counts_L = pending.counts.split([BatchCounts.size(r.num_experts) for r in pending.routers])
+    integer_sizes, real_sizes = zip(*(r.statistics.sizes() for r in pending.routers), strict=True)
+    integers_L, reals_L = pending.integers.split(integer_sizes), pending.reals.split(real_sizes)
     nonfinite = []
-    cutoff_sums_L = pending.cutoff_sums.split([r.num_experts for r in pending.routers])
-    for router, counts_vector, cutoff_sum_E in zip(pending.routers, counts_L, cutoff_sums_L, strict=True):
-        counts = BatchCounts.split(counts_vector, router.num_experts)
-        cutoffs_E = cutoff_sum_E / counts.samples
-        router.thresholds.propose(cutoffs_E, valid=counts.samples > 0)
+    for router, integers, reals in zip(pending.routers, integers_L, reals_L, strict=True):
+        thresholds = router.thresholds
+        counts, cutoffs_E, valid = router.statistics.reduced(integers, reals, thresholds.last_cutoff)
+        thresholds.propose(cutoffs_E, valid=valid)
         nonfinite.append(counts.nonfinite)
         router.last_batch = BatchRecord(
             counts=counts,
-            thresholds_E=router.thresholds.value.where(router.thresholds.num_updates > 0, torch.nan),
-            cutoffs_E=cutoffs_E,
+            thresholds_E=thresholds.value.where(thresholds.num_updates > 0, torch.nan),
+            cutoffs_E=cutoffs_E.where(valid, torch.nan),
             phase=router.et_config.phase(router.num_committed_batches),
         )
     _NONFINITE.send(pending.routers, torch.cat(nonfinite))

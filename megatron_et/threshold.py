@@ -33,6 +33,9 @@ class ThresholdEMA(torch.nn.Module):
     """[E] fp32, the thresholds that route; 0 before the first update."""
     num_updates: torch.Tensor
     """[1] int64, committed updates n."""
+    last_cutoff: torch.Tensor
+    """[E] fp32, cutoffs of the last committed batch: where the next batch's histogram is centred. It follows
+    drift at once, which the EMA does not, so that bins are finest where the next quantile is."""
 
     def __init__(
         self, num_experts: int, decay: float = 0.999, *, device: torch.device | int | str | None = None
@@ -43,7 +46,8 @@ class ThresholdEMA(torch.nn.Module):
         self.decay = decay
         self.register_buffer("value", torch.zeros(num_experts, dtype=torch.float32, device=device))
         self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64, device=device))
-        self._candidate: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.register_buffer("last_cutoff", torch.zeros(num_experts, dtype=torch.float32, device=device))
+        self._candidate: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def has_candidate(self) -> bool:
@@ -65,10 +69,12 @@ class ThresholdEMA(torch.nn.Module):
         rate = (1.0 - self.decay) / -torch.expm1(updates.double() * log_decay)
         value = self.value.double()
         candidate = (value + rate * (cutoffs_E.double() - value)).float()
+        last_cutoff = cutoffs_E.float()
         if valid is not None:
             candidate = torch.where(valid, candidate, self.value)
             updates = torch.where(valid, updates, self.num_updates)
-        self._candidate = (candidate, updates)
+            last_cutoff = torch.where(valid, last_cutoff, self.last_cutoff)
+        self._candidate = (candidate, updates, last_cutoff)
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -78,6 +84,7 @@ class ThresholdEMA(torch.nn.Module):
         # In place: checkpoint code, CUDA graphs and users hold on to the buffers.
         self.value.copy_(self._candidate[0])
         self.num_updates.copy_(self._candidate[1])
+        self.last_cutoff.copy_(self._candidate[2])
         self._candidate = None
 
     def discard(self) -> None:

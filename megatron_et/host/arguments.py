@@ -69,20 +69,26 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConf
     return et
 
 
-def check_pool(args: argparse.Namespace) -> None:
-    """Refuse a routing pool in which an expert's share is less than one token.
+def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
+    """Refuse a routing pool in which an expert's share is less than one token: Expert Choice would select
+    nobody, and a micro-batch would have no k-th largest logit.
 
     Raises:
         ConfigError: with the sizes that make the pool.
     """
-    split = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
-    pool = args.micro_batch_size * args.seq_length // split
+    tokens = args.micro_batch_size * args.seq_length
+    if et.pool == "global" and et.quantile == "histogram":
+        ranks, pool = "all ranks together", tokens * args.data_parallel_size
+    else:
+        split = args.context_parallel_size * (
+            args.tensor_model_parallel_size if args.sequence_parallel else 1
+        )
+        ranks, pool = "a rank", tokens // split
     if expected_load(pool, args.moe_router_topk, args.num_experts) < 1:
         raise ConfigError(
-            f"a micro-batch has {pool} tokens on a rank (--micro-batch-size {args.micro_batch_size} x "
+            f"a micro-batch has {pool} tokens on {ranks} (--micro-batch-size {args.micro_batch_size}, "
             "--seq-length "
-            f"{args.seq_length} / {split} ranks of context and sequence parallelism): fewer than "
-            "--num-experts "
+            f"{args.seq_length}, split by context and sequence parallelism): fewer than --num-experts "
             f"{args.num_experts} / --moe-router-topk {args.moe_router_topk}, so no expert would get one "
             "token. "
             "Raise --micro-batch-size."
@@ -99,7 +105,7 @@ def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
             et = prepare(args, explicit_names(sys.argv[1:]))
             result = original(args, *rest, **kwargs)
             if et.active:
-                check_pool(args)
+                check_pool(args, et)
         except ConfigError as error:
             # A wrong flag is the user's to mend: the sentence, on one rank, without a traceback.
             if is_rank_zero():

@@ -206,14 +206,16 @@ def check_cold_experts() -> None:
         assert x.grad.isfinite().all()
 
 
-def check_batch_boundary() -> None:
+def check_batch_boundary(quantile: str) -> None:
     """I4: nothing moves within a step; discard, evaluation, no-grad and recompute leave no trace; ranks agree
     bitwise."""
     import megatron_et
     from megatron_et.synchronize import finish_reduction, routers_of, start_reduction
 
     start(expert_model_parallel_size=int(WORLD))
-    layer = moe_layer(warmup=2, expert_model_parallel_size=int(WORLD), et={"ema_decay": 0.9})
+    layer = moe_layer(
+        warmup=2, expert_model_parallel_size=int(WORLD), et={"ema_decay": 0.9, "quantile": quantile}
+    )
     router = layer.router
     with torch.no_grad():
         router.thresholds.value.zero_()
@@ -225,7 +227,7 @@ def check_batch_boundary() -> None:
         return all(torch.equal(value, before[key]) for key, value in router.state_dict().items())
 
     def untouched() -> bool:
-        return not router.statistics.counts.any() and not router.statistics.cutoff_sum.any()
+        return not router.statistics.integers().any() and not router.statistics.estimator.reals.any()
 
     before = state()
     layer.eval()
@@ -256,21 +258,26 @@ def check_batch_boundary() -> None:
         assert untouched()
         assert router.num_committed_batches == router.committed_batches.item() == step + 1
         k = SEQUENCE * BATCH * TOPK // EXPERTS
-        cutoffs = [
-            torch.stack(
-                [(x.reshape(-1, HIDDEN) @ router.weight.T).topk(k, dim=0).values[-1] for x in pool]
-            ).sum(0)
-        ]
-        total = cutoffs[0].detach().double()
-        torch.distributed.all_reduce(total)
-        expected = total / (3 * int(WORLD))
-        if step == 0:
-            close(router.thresholds.value, expected.float())
+        logits = [(x.reshape(-1, HIDDEN) @ router.weight.T).detach() for x in pool]
+        if quantile == "kth-largest":
+            expected = torch.stack([part.topk(k, dim=0).values[-1] for part in logits]).double().sum(0)
+            torch.distributed.all_reduce(expected)
+            expected /= 3 * int(WORLD)
+            torch.testing.assert_close(router.last_batch.cutoffs_E, expected, rtol=1e-5, atol=1e-5)
         else:
-            n = step + 1
-            rate = (1 - 0.9) / (1 - 0.9**n)
-            old = before["thresholds.value"].double()
-            close(router.thresholds.value, (old + rate * (expected - old)).float())
+            # Between the neighbours of the k-th largest of all ranks' tokens, give or take a bin.
+            parts = [torch.empty(3 * SEQUENCE * BATCH, EXPERTS) for _ in range(int(WORLD))]
+            torch.distributed.all_gather(parts, torch.cat(logits))
+            ranked = torch.cat(parts).sort(dim=0, descending=True).values
+            wanted, bin_width = 3 * k * int(WORLD), 0.1 if step == 0 else 0.07
+            assert (router.last_batch.cutoffs_E <= ranked[wanted - 2] + bin_width).all()
+            assert (router.last_batch.cutoffs_E >= ranked[wanted] - bin_width).all()
+        cutoffs = router.last_batch.cutoffs_E
+        n = step + 1
+        rate = (1 - 0.9) / (1 - 0.9**n)
+        old = before["thresholds.value"].double()
+        close(router.thresholds.value, (old + rate * (cutoffs - old)).float())
+        assert torch.equal(router.thresholds.last_cutoff, cutoffs.float())
         gathered = [torch.empty(EXPERTS) for _ in range(int(WORLD))]
         torch.distributed.all_gather(gathered, router.thresholds.value)
         assert all(torch.equal(part, gathered[0]) for part in gathered)
@@ -279,6 +286,54 @@ def check_batch_boundary() -> None:
             assert usage.tolist() == [3 * k * int(WORLD)] * EXPERTS
         assert router.last_batch.phase == ("warmup" if step < 2 else "threshold")
         assert router.last_batch.counts.tokens.item() == 3 * SEQUENCE * BATCH * int(WORLD)
+
+
+def check_global_pool() -> None:
+    """--moe-et-pool global: warm-up and capacity hold for the tokens of all ranks together, exactly, not for
+    each."""
+    start(expert_model_parallel_size=int(WORLD))
+    total = SEQUENCE * BATCH * int(WORLD)
+    k = total * TOPK // EXPERTS
+    for warmup, capacity, thresholds, load in (
+        (1, None, 0.0, k),
+        (0, 0.5, -9.0, int(1.5 * k)),
+        (0, 0.5, 9.0, k // 2),
+    ):
+        layer = moe_layer(
+            warmup=warmup, capacity=capacity, expert_model_parallel_size=int(WORLD), et={"pool": "global"}
+        )
+        layer.router.thresholds.value.fill_(thresholds)
+        # Ranks see different data: scaled, so that a local quota would choose otherwise.
+        x = inputs(1) * (1.0 + torch.distributed.get_rank())
+        _, routing_map = layer.router(x)
+        usage = routing_map.sum(0)
+        local = usage.tolist()
+        torch.distributed.all_reduce(usage)
+        assert usage.tolist() == [load] * EXPERTS
+        assert local != [load // int(WORLD)] * EXPERTS
+
+
+def check_fixed_stream(micro_batches: str, recompute: str = "no") -> None:
+    """I3: one stream of logits, split over ranks and micro-batches as told; prints the thresholds' bits."""
+    import megatron_et
+
+    start(expert_model_parallel_size=int(WORLD))
+    extra = {"recompute_granularity": "selective", "recompute_modules": ["moe"]} if recompute == "yes" else {}
+    layer = moe_layer(
+        warmup=2, expert_model_parallel_size=int(WORLD), et={"ema_decay": 0.9, "pool": "global"}, **extra
+    )
+    generator = torch.Generator().manual_seed(3)
+    rank, parts = torch.distributed.get_rank(), int(micro_batches)
+    for step in range(5):
+        stream = torch.randn(96, EXPERTS, generator=generator) * (1 + step) + 0.3 * step
+        for part in stream.chunk(int(WORLD))[rank].chunk(parts):
+            # The logits are fed: a matrix product may round differently for another number of rows.
+            layer.router.gating = lambda x, part=part: part.reshape(*x.shape[:-1], EXPERTS).clone()
+            layer(torch.zeros(len(part) // 2, 2, HIDDEN, requires_grad=True))[0].sum().backward()
+        megatron_et.finalize_thresholds(layer)
+    value = layer.router.thresholds.value.view(torch.int32).tolist()
+    if rank == 0:
+        print(f"bits {value} tokens {layer.router.last_batch.counts.tokens.item()}", flush=True)
 
 
 def check_recompute() -> None:
@@ -339,14 +394,14 @@ def check_padding_mask() -> None:
         mask[:, 9:] = True
         layer(x, padding_mask=mask)
         padded = BatchCounts.split(layer.router.statistics.counts.clone(), EXPERTS)
-        sums = layer.router.statistics.cutoff_sum.clone()
+        estimate = layer.router.statistics.estimator.integers.clone()
         layer.router.statistics.reset()
         layer(x[:9].contiguous())
         plain = BatchCounts.split(layer.router.statistics.counts, EXPERTS)
         assert padded.tokens.item() == 9 * BATCH
         for name in BatchCounts.__dataclass_fields__:
             assert torch.equal(getattr(padded, name), getattr(plain, name)), name
-        assert torch.equal(sums, layer.router.statistics.cutoff_sum)
+        assert torch.equal(estimate, layer.router.statistics.estimator.integers)
 
 
 def check_nonfinite_logits() -> None:

@@ -1,6 +1,8 @@
 """Megatron's MoELayer with our router and dispatchers, against dense formulas and the invariants
 (layers.py)."""
 
+import re
+
 import pytest
 
 from tests.launch import TAIL, torchrun
@@ -16,8 +18,11 @@ CHECKS = [
     (2, "dense_formula alltoall 0 no"),
     (2, "causality"),
     (2, "cold_experts"),
-    (2, "batch_boundary"),
+    (2, "batch_boundary histogram"),
+    (2, "batch_boundary kth-largest"),
     (2, "recompute"),
+    (2, "global_pool"),
+    (4, "global_pool"),
     (2, "capacity"),
     (2, "nonfinite_logits"),
     (1, "bfloat16"),
@@ -25,6 +30,19 @@ CHECKS = [
     (1, "one_expert"),
     (1, "odd_sizes"),
 ]
+
+
+def test_thresholds_do_not_depend_on_the_layout() -> None:
+    """I3: one stream over 1, 2 and 4 ranks, in 1 to 8 micro-batches, with and without recompute: equal bits."""
+    layouts = [(1, "1"), (1, "8"), (2, "1"), (2, "4"), (2, "3 yes"), (4, "1"), (4, "4"), (4, "2 yes")]
+    bits = {}
+    for processes, split in layouts:
+        command = ["-m", "tests.distributed.layers", "fixed_stream", *split.split()]
+        run = torchrun(command, processes, timeout=120)
+        assert run.returncode == 0, run.stdout[-TAIL:]
+        bits[processes, split] = re.findall(r"^bits .*", run.stdout, re.MULTILINE)
+    assert all(len(found) == 1 and "tokens 96" in found[0] for found in bits.values()), bits
+    assert len({found[0] for found in bits.values()}) == 1, bits
 
 
 @pytest.mark.parametrize(

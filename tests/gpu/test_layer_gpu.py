@@ -3,6 +3,7 @@ and kernels against a dense formula, cold experts, recompute, the batch boundary
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,9 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """
     results = tmp_path_factory.mktemp("layers") / "results.jsonl"
     items = [item for item in request.session.items if item.path == request.path]
-    selected = [item.callspec.params["case"] for item in items if isinstance(item, pytest.Function)]
+    selected: list[Any] = [
+        item.callspec.params["case"] for item in items if isinstance(item, pytest.Function)
+    ]
     waiting = [case.id for case in selected if HAS_TE or not case.layout.needs_te]
     found: Outcomes = {}
     for _ in range(MAX_PROCESSES):

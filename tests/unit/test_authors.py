@@ -7,7 +7,7 @@ import torch
 from megatron_et.config import ExpertThresholdConfig
 from megatron_et.quantile import capacity_bounds, expected_load
 from megatron_et.routing import expert_threshold
-from megatron_et.statistics import BatchCounts, RouterStatistics
+from megatron_et.statistics import RouterStatistics
 from megatron_et.threshold import ThresholdEMA
 from tests.reference import AuthorsRouter
 
@@ -37,7 +37,8 @@ def test_same_routing_and_thresholds(
         router_type="expert-threshold", warmup_steps=warmup, ema_decay=decay, capacity_factor=capacity
     )
     authors = AuthorsRouter(experts, topk, decay, capacity)
-    ema, statistics = ThresholdEMA(experts, decay), RouterStatistics(experts, topk)
+    ema = ThresholdEMA(experts, decay)
+    statistics = RouterStatistics(experts, topk, quantile="kth-largest")
     generator = torch.Generator().manual_seed(seed)
     drift = torch.zeros(experts)
     for step in range(12):
@@ -52,10 +53,13 @@ def test_same_routing_and_thresholds(
             lower, upper = bounds or (None, None)
             _, routing_map = expert_threshold(logits, ema.value, lower=lower, upper=upper)
             assert tokens_of(routing_map) == wanted
-            statistics.add(logits, routing_map, ema.value, bounds, None)
+            statistics.add(logits, routing_map, ema, bounds)
         authors.step()
-        counts = BatchCounts.split(statistics.counts, experts)
-        ema.update(statistics.cutoff_sum / counts.samples)
+        _, cutoffs, valid = statistics.reduced(
+            statistics.integers(), statistics.estimator.reals, ema.last_cutoff
+        )
+        assert valid
+        ema.update(cutoffs)
         statistics.reset()
         torch.testing.assert_close(ema.value, torch.tensor(authors.thresholds()), rtol=1e-5, atol=1e-5)
         evaluation = torch.randn(tokens + 2, experts, generator=generator) + drift

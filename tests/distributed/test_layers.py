@@ -33,8 +33,8 @@ CHECKS = [
 
 
 def test_thresholds_do_not_depend_on_the_layout() -> None:
-    """I3: one stream over 1, 2 and 4 ranks, in 1 to 8 micro-batches, with and without recompute: equal bits."""
-    layouts = [(1, "1"), (1, "8"), (2, "1"), (2, "4"), (2, "3 yes"), (4, "1"), (4, "4"), (4, "2 yes")]
+    """I3: one stream over 1, 2, 4 ranks, in 1 to 8 micro-batches, with and without recompute: equal bits."""
+    layouts = [(1, "1"), (1, "8"), (2, "4"), (2, "3 yes"), (4, "1"), (4, "2 yes")]
     bits = {}
     for processes, split in layouts:
         command = ["-m", "tests.distributed.layers", "fixed_stream", *split.split()]

@@ -10,8 +10,12 @@ from pathlib import Path
 
 def main() -> None:
     """Install, then run sys.argv[1] as __main__ with the remaining arguments."""
+    usage = "usage: python -m megatron_et SCRIPT [ARGS...]   (SCRIPT is your pretrain_gpt.py)"
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(usage)
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m megatron_et SCRIPT [ARGS...]   (SCRIPT is your pretrain_gpt.py)")
+        sys.exit(usage)
     script = Path(sys.argv[1])
     if not script.is_file():
         sys.exit(f"megatron_et: {script} is not a file: give the path of your training script")

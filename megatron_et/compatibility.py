@@ -155,7 +155,12 @@ REFUSALS = (
     ),
     Refusal(
         "--cuda-graph-impl",
-        lambda s: getattr(s, "cuda_graph_impl", None) not in (None, "none"),
+        # The second and third are old spellings, which Megatron turns into the first after this check.
+        lambda s: (
+            getattr(s, "cuda_graph_impl", None) not in (None, "none")
+            or getattr(s, "enable_cuda_graph", False)
+            or getattr(s, "external_cuda_graph", False)
+        ),
         "a captured graph would freeze the routing of the phase in which it was captured (warm-up or "
         "thresholds)",
         "leave it out",
@@ -196,12 +201,6 @@ REFUSALS = (
         "Megatron's router trace records exactly top-k experts for each token",
         "use --moe-et-trace-dir",
     ),
-    Refusal(
-        "--yaml-cfg",
-        _get("yaml_cfg"),
-        "Megatron then drops every flag of the command line, this package's too",
-        "give the settings as flags",
-    ),
 )
 
 
@@ -224,41 +223,42 @@ def violations(settings: Any) -> list[str]:
     return found
 
 
-def apply_needed(settings: Any, explicit: Collection[str] = ()) -> list[str]:
-    """Set what ET needs and the user left alone; returns a short text `name=value` for each setting that was
-    changed.
-
-    Args:
-        settings: Megatron's arguments or TransformerConfig, changed in place.
-        explicit: attribute names that the user gave on the command line, even if at Megatron's default.
-
-    Raises:
-        ConfigError: the user asked for something else.
-    """
-    changed = []
+def _unmet(settings: Any, explicit: Collection[str]) -> tuple[list[Needed], list[str]]:
+    """Needed settings that the user left alone, and sentences about those that were given another value."""
+    left_alone, refused = [], []
     for need in NEEDED:
         value = getattr(settings, need.name, need.default)
         plain = value[0] if isinstance(value, list) and len(value) == 1 else value
         if plain == need.value:
             continue
-        if plain != need.default or need.name in explicit:
-            flag = "--" + need.name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} is {plain!r}, Expert Threshold routing needs {need.value!r}: {need.why}. "
-                f"Remedy: leave {flag} out."
-            )
-        setattr(settings, need.name, need.value)
-        changed.append(f"{need.name}={need.value}")
-    return changed
+        if plain == need.default and need.name not in explicit:
+            left_alone.append(need)
+            continue
+        flag = "--" + need.name.replace("_", "-")
+        refused.append(
+            f"{flag} is {plain!r}, Expert Threshold routing needs {need.value!r}: {need.why}. "
+            f"Remedy: leave {flag} out."
+        )
+    return left_alone, refused
 
 
 def check(settings: Any, et: ExpertThresholdConfig, explicit: Collection[str] = ()) -> list[str]:
-    """Check everything and set what is needed; returns what was set.
+    """Check everything, and set what ET needs and the user left alone.
+
+    Args:
+        settings: Megatron's arguments or TransformerConfig; changed in place, but only when nothing is
+            refused.
+        et: our settings.
+        explicit: attribute names that the user gave on the command line, even if at Megatron's default.
+
+    Returns:
+        a short text `name=value` for each setting that was changed.
 
     Raises:
         ConfigError: lists every refused setting at once.
     """
-    problems = violations(settings)
+    left_alone, refused = _unmet(settings, explicit)
+    problems = violations(settings) + refused
     num_experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
     topk = getattr(settings, "moe_router_topk", None)
     if et.max_fanout is not None and topk is not None and et.max_fanout < topk:
@@ -273,4 +273,6 @@ def check(settings: Any, et: ExpertThresholdConfig, explicit: Collection[str] = 
         )
     if problems:
         raise ConfigError("\n".join(problems))
-    return apply_needed(settings, explicit)
+    for need in left_alone:
+        setattr(settings, need.name, need.value)
+    return [f"{need.name}={need.value}" for need in left_alone]

@@ -15,7 +15,11 @@ def prepare_process() -> None:
     Call it before anything imports Megatron. On the CPU backend the Megatron flags that a CPU run needs are
     put in front of the user's, who can still override them.
     """
-    if cpu.requested():
+    try:
+        on_cpu = cpu.requested()
+    except ValueError as error:
+        sys.exit(f"megatron_et: {error}")
+    if on_cpu:
         cpu.install()
         if not _QUESTIONS & set(sys.argv[1:]):
             sys.argv[1:1] = cpu.CPU_ARGS

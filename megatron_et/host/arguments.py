@@ -95,22 +95,58 @@ def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
         )
 
 
+def refuse_yaml(argv: list[str]) -> None:
+    """--yaml-cfg makes Megatron forget the command line: refuse it before our flags are silently dropped.
+
+    Raises:
+        ConfigError: --yaml-cfg beside flags of this package.
+    """
+    explicit = explicit_names(argv)
+    ours = {dest_of(knob.name) for knob in fields(ExpertThresholdConfig)}
+    if "yaml_cfg" in explicit and explicit & ours:
+        raise ConfigError(
+            "--yaml-cfg cannot be combined with Expert Threshold routing: Megatron then drops every flag of "
+            "the "
+            "command line, this package's too. Remedy: give the settings as flags."
+        )
+
+
+def mend_help(parser: argparse.ArgumentParser) -> None:
+    """Megatron's own help texts may hold a bare %, at which argparse fails for every --help."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % vars(action)
+        except (ValueError, TypeError):
+            action.help = (action.help or "").replace("%", "%%")
+
+
 def _add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda parser: add_arguments(original(parser))
+    def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        _exit_on_config_error(refuse_yaml, sys.argv[1:])
+        parser = add_arguments(original(parser))
+        mend_help(parser)
+        return parser
+
+    return add_megatron_arguments
+
+
+def _exit_on_config_error[Result](function: Callable[..., Result], *args: Any) -> Result:
+    """A wrong flag is the user's to mend: the sentence, on one rank, without a traceback, and exit status
+    2."""
+    try:
+        return function(*args)
+    except ConfigError as error:
+        if is_rank_zero():
+            print(f"megatron_et: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        try:
-            et = prepare(args, explicit_names(sys.argv[1:]))
-            result = original(args, *rest, **kwargs)
-            if et.active:
-                check_pool(args, et)
-        except ConfigError as error:
-            # A wrong flag is the user's to mend: the sentence, on one rank, without a traceback.
-            if is_rank_zero():
-                print(f"megatron_et: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+        et = _exit_on_config_error(prepare, args, explicit_names(sys.argv[1:]))
+        result = original(args, *rest, **kwargs)
+        if et.active:
+            _exit_on_config_error(check_pool, args, et)
         return result
 
     return validate_args
@@ -129,9 +165,11 @@ def _load_args_from_checkpoint(original: Callable[..., Any]) -> Callable[..., An
 def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set[str]) -> None:
     """--use-checkpoint-args: take our flags from the checkpoint's arguments unless the command line gives
     them."""
+    # A router that refuses them was asked for instead of the checkpoint's: its capacity does not come along.
+    useless = {"capacity_factor", "warmup_anneal_steps"} if args.moe_router_type == "expert-choice" else set()
     for knob in fields(ExpertThresholdConfig):
         name = dest_of(knob.name)
-        if knob.name != "trace_dir" and name not in explicit and hasattr(saved, name):
+        if knob.name not in {"trace_dir", *useless} and name not in explicit and hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
 
 

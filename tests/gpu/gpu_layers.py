@@ -105,7 +105,9 @@ def inputs(seed: int, precision: Precision) -> torch.Tensor:
     return normal(seed, SEQUENCE, BATCH, HIDDEN).to(torch.cuda.current_device(), dtype)
 
 
-def moe_layer(layout: Layout, precision: Precision, *, warmup: int = 0, **config: Any) -> Any:
+def moe_layer(
+    layout: Layout, precision: Precision, *, et: dict[str, Any] | None = None, **config: Any
+) -> Any:
     """A MoELayer with a shared expert, as a GPT has it, with weights that depend on nothing but their
     place."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
@@ -128,7 +130,7 @@ def moe_layer(layout: Layout, precision: Precision, *, warmup: int = 0, **config
     } | config  # fmt: skip
     transformer_config = TransformerConfig(**settings)
     transformer_config.expert_threshold = ExpertThresholdConfig(
-        router_type="expert-threshold", warmup_steps=warmup
+        router_type="expert-threshold", **{"warmup_steps": 0} | (et or {})
     )
     build = get_moe_module_spec(use_te=layout.needs_te, num_experts=EXPERTS, moe_grouped_gemm=grouped)
     layer = build(config=transformer_config).cuda()
@@ -295,7 +297,7 @@ def recompute(layout: Layout, module: str) -> None:
     results = []
     with deterministic():
         for extra in ({}, {"recompute_granularity": "selective", "recompute_modules": [module]}):
-            layer = moe_layer(layout, "bf16", warmup=1, **extra)
+            layer = moe_layer(layout, "bf16", et={"warmup_steps": 1}, **extra)
             tensors, _ = run_layer(layer, x, upstream)
             results.append(tensors | {"counts": layer.router.statistics.counts})
     plain, recomputed = results
@@ -303,34 +305,50 @@ def recompute(layout: Layout, module: str) -> None:
     assert not different, f"not bitwise equal: {different}"
 
 
-def batch_boundary(layout: Layout) -> None:
-    """Warm-up loads are exactly k; the reduced batch moves the thresholds; then they route."""
-    import megatron_et
-    from megatron_et.quantile import kth_largest
+BOUNDARY: dict[str, dict[str, Any]] = {
+    "histogram": {"quantile": "histogram"},
+    "kth-largest": {"quantile": "kth-largest"},
+    "global pool": {"quantile": "histogram", "pool": "global"},
+}
 
-    k = TOKENS * TOPK // EXPERTS
-    layer = moe_layer(layout, "bf16", warmup=2)
+
+def batch_boundary(layout: Layout, which: str) -> None:
+    """Warm-up loads are exactly k; statistics and thresholds are those of the same logits on the CPU."""
+    import megatron_et
+    from megatron_et.statistics import RouterStatistics
+    from megatron_et.threshold import ThresholdEMA
+
+    settings = BOUNDARY[which]
+    layer = moe_layer(layout, "bf16", et={"warmup_steps": 2, "ema_decay": 0.9} | settings)
     router = layer.router
-    cutoffs = []
+    with torch.no_grad():
+        router.thresholds.value.zero_()
+    thresholds = ThresholdEMA(EXPERTS, 0.9, device="cpu")
+    statistics = RouterStatistics(EXPERTS, TOPK, quantile=settings["quantile"], device="cpu")
+    k = TOKENS * TOPK // EXPERTS
     for step in range(4):
-        x = inputs(10 + step, "bf16")
-        with torch.no_grad():
-            cutoffs.append(kth_largest(router.gating(x).reshape(TOKENS, EXPERTS).float(), k))
-        before_E = router.thresholds.value.clone()
-        run_layer(layer, x, inputs(20 + step, "bf16"))
-        assert torch.equal(router.thresholds.value, before_E)
+        for micro_batch in range(2):
+            x = inputs(10 * step + micro_batch, "bf16")
+            with torch.no_grad():
+                logits_TE = router.gating(x).reshape(TOKENS, EXPERTS).float()
+            _, map_TE = run_layer(layer, x, inputs(99, "bf16"))
+            if step < 2:
+                assert map_TE.sum(0).tolist() == [k] * EXPERTS
+            statistics.add(logits_TE.cpu(), map_TE.cpu(), thresholds)
+        assert torch.equal(router.thresholds.value.cpu(), thresholds.value)
         megatron_et.finalize_thresholds(layer)
         assert router.num_committed_batches == router.committed_batches.item() == step + 1
+        counts, cutoffs_E, _ = statistics.reduced(
+            statistics.integers(), statistics.estimator.reals, thresholds.last_cutoff
+        )
         record = router.last_batch
         assert record.phase == ("warmup" if step < 2 else "threshold")
-        assert torch.equal(record.cutoffs_E, cutoffs[step].double())
-        if step < 2:
-            assert record.counts.usage_E.tolist() == [k] * EXPERTS
-    # Weights of the bias-corrected EMA: (1 - b) b^(n - i), over their sum.
-    decay = router.et_config.ema_decay
-    weights = torch.tensor([decay**3, decay**2, decay, 1.0], dtype=torch.float64)
-    expected_E = (weights @ torch.stack(cutoffs).double().cpu()) / weights.sum()
-    torch.testing.assert_close(router.thresholds.value.cpu(), expected_E.float(), rtol=1e-6, atol=1e-6)
+        assert torch.equal(record.cutoffs_E.cpu(), cutoffs_E)
+        assert record.counts.usage_E.tolist() == counts.usage_E.tolist()
+        thresholds.update(cutoffs_E)
+        statistics.reset()
+    for name, buffer in router.thresholds.state_dict().items():
+        assert torch.equal(buffer.cpu(), thresholds.state_dict()[name]), name
 
 
 def no_host_synchronisation(layout: Layout) -> None:
@@ -391,7 +409,8 @@ def all_cases() -> Iterator[Case]:
     # What does not depend on how tokens travel.
     for experts in ("TEGroupedMLP", "local SequentialMLP"):
         layout = next(layout for layout in LAYOUTS if layout.experts == experts)
-        yield Case(batch_boundary, layout)
+        for which in BOUNDARY:
+            yield Case(batch_boundary, layout, which)
         yield Case(no_host_synchronisation, layout)
 
 

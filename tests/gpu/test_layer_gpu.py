@@ -101,7 +101,7 @@ def test_recompute(case: Case, outcomes: Outcomes) -> None:
 
 @cases("batch_boundary")
 def test_batch_boundary(case: Case, outcomes: Outcomes) -> None:
-    """Global-batch boundary: exact warm-up loads, thresholds, counters."""
+    """Global-batch boundary ({case.variant}): exact warm-up loads, thresholds bitwise the CPU's."""
     passes(case, outcomes)
 
 

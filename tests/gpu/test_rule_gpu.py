@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_et.quantile import capacity_bounds, expected_load, kth_largest
+from megatron_et.config import Quantile
+from megatron_et.quantile import capacity_bounds, expected_load, kth_largest, kth_largest_of_ranks
 from megatron_et.routing import expert_threshold, limit_fanout
 from megatron_et.statistics import RouterStatistics
 from megatron_et.threshold import ThresholdEMA
@@ -148,24 +149,65 @@ def test_capacity_bounds(tokens: int, experts: int, tied: bool) -> None:
 
 @sizes
 @ties
-def test_statistics(tokens: int, experts: int, tied: bool) -> None:
-    """Statistics of a global batch equal to the CPU."""
-    on_cpu = RouterStatistics(experts, 1, device="cpu")
-    on_device = RouterStatistics(experts, 1, device="cuda")
-    for micro_batch in range(3):
-        logits_TE = draw(tokens, experts, tied, seed=micro_batch)
-        logits_TE[0, 0] = (1.0, torch.nan, -torch.inf)[micro_batch]
-        thresholds_E = some_thresholds(draw(tokens, experts, tied))
-        mask_T = padding(tokens) if micro_batch == 1 else None
-        bounds = capacity_bounds(logits_TE, max(tokens // 4, 1), 0.5) if micro_batch == 2 else None
-        _, routing_map = expert_threshold(logits_TE, thresholds_E, padding_mask=mask_T)
-        on_cpu.add(logits_TE, routing_map, thresholds_E, bounds, mask_T)
-        bounds_gpu = None if bounds is None else (bounds[0].cuda(), bounds[1].cuda())
-        on_device.add(logits_TE.cuda(), routing_map.cuda(), thresholds_E.cuda(), bounds_gpu, on_gpu(mask_T))
-        same_bits(on_device.counts, on_cpu.counts)
-        # NaN belongs to no order: only its presence has to agree.
-        same_bits(on_device.cutoff_sum.isfinite(), on_cpu.cutoff_sum.isfinite())
-        same_bits(on_device.cutoff_sum.nan_to_num(), on_cpu.cutoff_sum.nan_to_num())
+def test_kth_largest_of_ranks(tokens: int, experts: int, tied: bool) -> None:
+    """Radix selection of the global pool equal to the CPU."""
+    logits_TE = draw(tokens, experts, tied)
+    wanted = [0, 1, tokens // 2, tokens, tokens + 5]
+    for mask_T in (None, padding(tokens)):
+        found = kth_largest_of_ranks(
+            logits_TE.cuda(),
+            lambda total: [total.new_tensor(k) for k in wanted],
+            None,
+            padding_mask_T=on_gpu(mask_T),
+        )
+        for cutoffs_E, k in zip(found, wanted, strict=True):
+            same_bits(cutoffs_E, kth_largest(logits_TE, k, padding_mask_T=mask_T))
+
+
+@sizes
+@ties
+@pytest.mark.parametrize("quantile", ["histogram", "kth-largest"])
+def test_statistics(tokens: int, experts: int, tied: bool, quantile: Quantile) -> None:
+    """Statistics of a global batch and its {quantile} cutoffs equal to the CPU."""
+    cpu_and_gpu = [
+        (
+            ThresholdEMA(experts, 0.9, device=device),
+            RouterStatistics(experts, 1, quantile=quantile, device=device),
+        )
+        for device in ("cpu", "cuda")
+    ]
+    for batch in range(2):
+        for micro_batch in range(3):
+            logits_TE = draw(tokens, experts, tied, seed=10 * batch + micro_batch)
+            logits_TE[0, 0] = (1.0, torch.nan, -torch.inf)[micro_batch]
+            mask_T = padding(tokens) if micro_batch == 1 else None
+            bounds = capacity_bounds(logits_TE, max(tokens // 4, 1), 0.5) if micro_batch == 2 else None
+            _, routing_map = expert_threshold(logits_TE, some_thresholds(logits_TE), padding_mask=mask_T)
+            for thresholds, statistics in cpu_and_gpu:
+                device = thresholds.value.device
+                statistics.add(
+                    logits_TE.to(device),
+                    routing_map.to(device),
+                    thresholds,
+                    None if bounds is None else (bounds[0].to(device), bounds[1].to(device)),
+                    None if mask_T is None else mask_T.to(device),
+                )
+        (ema_cpu, statistics_cpu), (ema_gpu, statistics_gpu) = cpu_and_gpu
+        same_bits(statistics_gpu.integers(), statistics_cpu.integers())
+        same_bits(statistics_gpu.estimator.reals, statistics_cpu.estimator.reals)
+        results = []
+        for thresholds, statistics in cpu_and_gpu:
+            _, cutoffs_E, valid = statistics.reduced(
+                statistics.integers(), statistics.estimator.reals, thresholds.last_cutoff
+            )
+            thresholds.propose(cutoffs_E, valid=valid)
+            thresholds.commit()
+            statistics.reset()
+            results.append((cutoffs_E, valid))
+        for on_cpu, on_device in zip(*results, strict=True):
+            same_bits(on_device.nan_to_num(), on_cpu.nan_to_num())
+        for name, on_device in ema_gpu.state_dict().items():
+            same_bits(on_device.nan_to_num(), ema_cpu.state_dict()[name].nan_to_num())
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999])
@@ -183,8 +225,8 @@ def test_ema(decay: float) -> None:
                 ema.discard()
             else:
                 ema.commit()
-        same_bits(on_device.value, on_cpu.value)
-        same_bits(on_device.num_updates, on_cpu.num_updates)
+        for name, buffer in on_device.state_dict().items():
+            same_bits(buffer, on_cpu.state_dict()[name])
 
 
 @contextlib.contextmanager
@@ -217,29 +259,46 @@ def test_sync_debug_mode_works() -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("phase", ["threshold", "capacity", "warm-up"])
-def test_no_host_synchronisation(phase: str, padded: bool, deterministic: bool) -> None:
+@pytest.mark.parametrize("quantile", ["histogram", "kth-largest"])
+@pytest.mark.parametrize("phase", ["threshold", "capacity", "warm-up", "warm-up, global pool"])
+def test_no_host_synchronisation(phase: str, quantile: Quantile, padded: bool, deterministic: bool) -> None:
     """Routing, counting and the EMA never wait for the GPU (use_deterministic_algorithms off and on)."""
     tokens, experts, topk = 4097, 16, 2
     logits_TE = draw(tokens, experts).cuda().requires_grad_()
     upstream_TE = draw(tokens, experts, seed=1).cuda()
     mask_T = padding(tokens).cuda() if padded else None
-    ema = ThresholdEMA(experts, 0.9, device="cuda")
-    statistics = RouterStatistics(experts, topk, device="cuda")
+    thresholds = ThresholdEMA(experts, 0.9, device="cuda")
+    statistics = RouterStatistics(experts, topk, quantile=quantile, device="cuda")
+
+    def pool_bounds() -> tuple[torch.Tensor, torch.Tensor] | None:
+        """As ExpertThresholdRouter._bounds: a count on the device where there is padding."""
+        if phase == "threshold":
+            return None
+        if phase == "warm-up, global pool":
+            (cutoffs_E,) = kth_largest_of_ranks(
+                logits_TE.detach(),
+                lambda total: [torch.as_tensor(expected_load(total, topk, experts))],
+                None,
+                padding_mask_T=mask_T,
+            )
+            return cutoffs_E, cutoffs_E
+        k = expected_load(tokens if mask_T is None else (~mask_T).sum(), topk, experts)
+        return capacity_bounds(
+            logits_TE.detach(), k, 0.0 if phase == "warm-up" else 0.5, padding_mask_T=mask_T
+        )
+
     with deterministic_algorithms(deterministic), host_sync_is_an_error():
         for _ in range(3):
-            bounds = None
-            if phase != "threshold":
-                # As ExpertThresholdRouter._bounds: a count on the device where there is padding.
-                count = tokens if mask_T is None else (~mask_T).sum()
-                k = expected_load(count, topk, experts)
-                capacity = 0.0 if phase == "warm-up" else 0.5
-                bounds = capacity_bounds(logits_TE.detach(), k, capacity, padding_mask_T=mask_T)
+            bounds = pool_bounds()
             lower_E, upper_E = (None, None) if bounds is None else bounds
             gates, routing_map = expert_threshold(
-                logits_TE, ema.value, lower=lower_E, upper=upper_E, padding_mask=mask_T, max_fanout=8
+                logits_TE, thresholds.value, lower=lower_E, upper=upper_E, padding_mask=mask_T, max_fanout=8
             )
             gates.backward(upstream_TE)
-            statistics.add(logits_TE.detach(), routing_map, ema.value, bounds, mask_T)
-            ema.update(statistics.cutoff_sum)
+            statistics.add(logits_TE.detach(), routing_map, thresholds, bounds, mask_T)
+            _, cutoffs_E, valid = statistics.reduced(
+                statistics.integers(), statistics.estimator.reals, thresholds.last_cutoff
+            )
+            thresholds.propose(cutoffs_E, valid=valid)
+            thresholds.commit()
             statistics.reset()

@@ -249,7 +249,21 @@ def test_a_value_out_of_range_names_its_flag() -> None:
 
 # --- the routing pool ---
 
+SP = "--sequence-parallel"
 
+
+def pool_of(line: str, data_parallel_size: int = 1) -> str | None:
+    """What check_pool says of a command line, None when the pool is large enough."""
+    args = parse(line)
+    args.data_parallel_size = data_parallel_size  # Megatron's validate_args derives it
+    try:
+        check_pool(args, ExpertThresholdConfig.from_args(args))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("quantile", choices("quantile"))
 @pytest.mark.parametrize(
     ("layout", "tokens", "enough"),
     [
@@ -260,34 +274,46 @@ def test_a_value_out_of_range_names_its_flag() -> None:
         ("--micro-batch-size 1 --seq-length 16 --context-parallel-size 4", 4, True),
         ("--micro-batch-size 1 --seq-length 16 --context-parallel-size 8", 2, False),
         ("--micro-batch-size 1 --seq-length 8 --tensor-model-parallel-size 8", 8, True),
-        ("--micro-batch-size 1 --seq-length 16 --tensor-model-parallel-size 4 --sequence-parallel", 4, True),
-        ("--micro-batch-size 1 --seq-length 16 --tensor-model-parallel-size 8 --sequence-parallel", 2, False),
+        (f"--micro-batch-size 1 --seq-length 16 --tensor-model-parallel-size 4 {SP}", 4, True),
+        (f"--micro-batch-size 1 --seq-length 16 --tensor-model-parallel-size 8 {SP}", 2, False),
         (
             "--micro-batch-size 4 --seq-length 16 --context-parallel-size 4 --tensor-model-parallel-size 8 "
-            "--sequence-parallel",
+            + SP,
             2,
             False,
         ),
-        # Other data-parallel, expert-parallel and pipeline ranks hold pools of their own.
-        ("--micro-batch-size 1 --seq-length 4 --pipeline-model-parallel-size 8 --world-size 64", 4, True),
+        ("--micro-batch-size 1 --seq-length 4 --pipeline-model-parallel-size 8", 4, True),
     ],
 )
-def test_a_pool_without_a_token_for_every_expert_is_refused(layout: str, tokens: int, enough: bool) -> None:
-    line, _, world = layout.partition("--world-size")
-    args = parse(f"{ET} {line}")
-    args.world_size = int(world or 1)
+def test_a_pool_without_a_token_for_every_expert_is_refused(
+    layout: str, tokens: int, enough: bool, quantile: str
+) -> None:
+    """The pool of a rank: other data-parallel ranks hold pools of their own."""
+    said = pool_of(f"{ET} --moe-et-quantile {quantile} {layout}", data_parallel_size=64)
     if enough:
-        check_pool(args)
+        assert said is None
     else:
-        with pytest.raises(ConfigError, match=f"a micro-batch has {tokens} tokens on a rank"):
-            check_pool(args)
+        assert said is not None
+        assert said.startswith(f"a micro-batch has {tokens} tokens on a rank (")
+
+
+@pytest.mark.parametrize(("data_parallel_size", "enough"), [(1, False), (2, True)])
+def test_a_global_pool_is_that_of_all_ranks(data_parallel_size: int, enough: bool) -> None:
+    """Context- and sequence-parallel ranks hold parts of the same sequences, data-parallel ranks others."""
+    line = f"{ET} --moe-et-pool global --micro-batch-size 1 --seq-length 2"
+    line += f" --context-parallel-size 2 --tensor-model-parallel-size 2 {SP}"
+    said = pool_of(f"{line} --moe-et-quantile histogram", data_parallel_size)
+    assert (said is None) == enough
+    assert enough or "a micro-batch has 2 tokens on all ranks together" in str(said)
+    # The k-th largest logit is still one rank's.
+    assert "0 tokens on a rank" in str(pool_of(f"{line} --moe-et-quantile kth-largest", data_parallel_size))
 
 
 def test_the_pool_is_measured_against_experts_and_fanout() -> None:
     sizes = "--moe-router-type expert-threshold --micro-batch-size 1 --seq-length 21 --moe-router-topk 3"
-    check_pool(parse(f"{sizes} --num-experts 63"))
-    with pytest.raises(ConfigError, match="fewer than --num-experts 64 / --moe-router-topk 3"):
-        check_pool(parse(f"{sizes} --num-experts 64"))
+    assert pool_of(f"{sizes} --num-experts 63") is None
+    said = pool_of(f"{sizes} --num-experts 64")
+    assert "fewer than --num-experts 64 / --moe-router-topk 3" in str(said)
 
 
 # --- --use-checkpoint-args ---

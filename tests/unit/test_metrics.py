@@ -45,7 +45,6 @@ def record(
         len(routed),
         micro_batches,
         0,
-        micro_batches,
     ]
     return BatchRecord(
         counts=BatchCounts.split(torch.tensor(vector, dtype=torch.int64), experts),
@@ -175,7 +174,7 @@ def test_no_token_with_an_expert() -> None:
 def test_one_token_more_in_billions_is_seen() -> None:
     """I7: the counts of a huge batch; one token of 2**33 with an expert more than fp32 could tell apart."""
     counts = BatchCounts.split(
-        torch.tensor([2**33, 1, 0, 0, 0, 2**33 - 1, 1, 2**33, 1, 0, 1], dtype=torch.int64), 2
+        torch.tensor([2**33, 1, 0, 0, 0, 2**33 - 1, 1, 2**33, 1, 0], dtype=torch.int64), 2
     )
     batch = BatchRecord(counts, torch.zeros(2), torch.zeros(2, dtype=torch.float64), "threshold")
     metrics = on_host(batch).metrics()
@@ -225,8 +224,8 @@ def test_unpacking_leaves_the_vector_alone() -> None:
 
 def test_overall_reduces_each_metric_its_own_way() -> None:
     layers = {2: dict.fromkeys(METRICS, 1.0), 3: dict.fromkeys(METRICS, 4.0), 9: dict.fromkeys(METRICS, 4.0)}
-    mean = ("threshold_mean", "cutoff_gap", "expert_usage_mean", "fanout_mean", "capacity_bound_share")
-    mean += ("tokens_0_experts", "tokens_1_expert", "tokens_2plus_experts")
+    mean = ["threshold_mean", "cutoff_gap", "expert_usage_mean", "fanout_mean", "capacity_bound_share"]
+    mean += ["tokens_0_experts", "tokens_1_expert", "tokens_2plus_experts"]
     assert overall(layers) == {
         "threshold_min": 1.0,
         "threshold_max": 4.0,
@@ -319,9 +318,10 @@ class Due:
     def __init__(self, logging: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> None:
         from megatron.training import global_vars
 
-        self.gathered, self.written = 0, []
+        self.gathered = 0
+        self.written: list[int] = []
         self.logging = logging
-        args = {"log_interval": 4, "tensorboard_log_interval": 6, "rank": 1, "world_size": 2}
+        args: dict[str, Any] = {"log_interval": 4, "tensorboard_log_interval": 6, "rank": 1, "world_size": 2}
         args |= {"moe_router_type": "expert-threshold", "moe_et_trace_dir": str(folder)}
         args |= {"moe_router_topk": 1, "num_experts": 2}
         monkeypatch.setattr(global_vars, "get_args", lambda: argparse.Namespace(**(args | settings)))

@@ -67,18 +67,18 @@ class LayerBatch:
 
     def usage_E(self) -> torch.Tensor:
         """Share of the batch's tokens that each expert took, [experts] fp64."""
-        return self.counts.usage_E / self.counts.tokens.clamp(min=1)
+        return self.counts.usage_E.double() / self.counts.tokens.clamp(min=1)
 
     def at_bound_E(self) -> torch.Tensor:
         """Share of the micro-batches in which a capacity bound decided the expert's load, [experts] fp64."""
-        return self.counts.at_bound_E / self.counts.micro_batches.clamp(min=1)
+        return self.counts.at_bound_E.double() / self.counts.micro_batches.clamp(min=1)
 
     def metrics(self) -> dict[str, float]:
         """Every metric of METRICS. Shares are in [0, 1] of tokens or experts; thresholds are on the logits'
         scale."""
         usage_E = self.usage_E()
         tokens = max(int(self.counts.tokens), 1)
-        share_F = self.counts.fanout_F / tokens
+        share_F = self.counts.fanout_F.double() / tokens
         fanouts_F = torch.arange(share_F.numel(), dtype=torch.float64)
         present = self.counts.fanout_F.nonzero()
         mean_usage = usage_E.mean().item()

@@ -115,7 +115,7 @@ def mend_help(parser: argparse.ArgumentParser) -> None:
     """Megatron's own help texts may hold a bare %, at which argparse fails for every --help."""
     for action in parser._actions:
         try:
-            (action.help or "") % vars(action)
+            (action.help or "") % (vars(action) | {"prog": parser.prog})
         except (ValueError, TypeError):
             action.help = (action.help or "").replace("%", "%%")
 

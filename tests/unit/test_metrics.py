@@ -147,10 +147,6 @@ def test_a_batch_worked_out_by_hand() -> None:
     )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="usage_E and at_bound_E promise fp64, but int64 / int64 is fp32 in torch; metrics()'s share_F too",
-)
 def test_shares_are_fp64() -> None:
     batch = on_host(record([[True], [False], [False]], experts=1, at_bound=[1], micro_batches=3))
     assert (batch.usage_E().dtype, batch.at_bound_E().dtype) == (torch.float64, torch.float64)

@@ -278,9 +278,6 @@ def test_wrong_use_is_one_sentence(command: tuple[str, ...], sentence: str) -> N
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`python -m megatron_et --help` prints its usage as an error, exit status 1"
-)
 def test_asking_the_launcher_for_help_is_no_error() -> None:
     result = run("-m", "megatron_et", "--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -305,9 +302,6 @@ def test_no_gpu_is_one_sentence_and_the_script_does_not_run(script: Path) -> Non
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="cpu.requested()'s ValueError reaches the user of the launcher as a traceback"
-)
 def test_an_unclear_wish_for_the_cpu_is_one_sentence(script: Path) -> None:
     result = run("-m", "megatron_et", str(script), MEGATRON_ET_CPU="maybe")
     assert result.returncode == 1
@@ -332,11 +326,6 @@ def test_on_cpu_the_launcher_adds_flags_in_front_of_the_users(script: Path) -> N
     assert "[megatron_et]" not in result.stdout
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a bare % in the help of Megatron 0.19.2's own --moe-paged-stash-buffer-size-factor-cuda makes "
-    "argparse fail (ValueError: unsupported format character) for every --help, ours included",
-)
 def test_help_of_pretrain_gpt_shows_our_flags() -> None:
     result = run("-m", "megatron_et.pretrain_gpt", "--help")
     assert result.returncode == 0, result.stderr[-500:]

@@ -115,8 +115,8 @@ def named(statistics: RouterStatistics) -> dict[str, list[int]]:
 
 def cutoffs_of(*ranks: RouterStatistics) -> list[float] | None:
     """Cutoffs of the pool that several ranks counted, None when it has none."""
-    integers = sum(rank.integers() for rank in ranks)
-    reals = sum(rank.estimator.reals for rank in ranks)
+    integers = torch.stack([rank.integers() for rank in ranks]).sum(dim=0)
+    reals = torch.stack([rank.estimator.reals for rank in ranks]).sum(dim=0)
     _, cutoffs_E, valid = ranks[0].reduced(integers, reals, torch.zeros(ranks[0].num_experts))
     assert (cutoffs_E.dtype, valid.dtype, valid.shape) == (torch.float64, torch.bool, (1,))
     return cutoffs_E.tolist() if valid else None
@@ -298,7 +298,7 @@ def test_micro_batches_add_up(batches: list[MicroBatch]) -> None:
         for batch in batches:
             batch.add_to(together)
         alone = [batch.counted(quantile) for batch in batches]
-        assert torch.equal(together.integers(), sum(one.integers() for one in alone))
+        assert torch.equal(together.integers(), torch.stack([one.integers() for one in alone]).sum(dim=0))
         assert cutoffs_of(together) == cutoffs_of(*alone)
 
 

@@ -7,6 +7,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,11 @@ H100 = ("1 x H100, driver 580", "torch 2.11, no TE")
 EMPTY = f"# Seen\n\nBefore.\n\n{gpu_check.BEGIN}\n{gpu_check.END}\n\nAfter | with a bar.\n"
 
 
-def row(feature: str, result: str = "passed", *, hardware: str = H100[0], versions: str = H100[1]) -> object:
+def row(feature: str, result: str = "passed", *, hardware: str = H100[0], versions: str = H100[1]) -> Any:
     return Row(feature, hardware, versions, "2026-11-24", "abc1234", result)
 
 
-def rows(document: str) -> list[object]:
+def rows(document: str) -> list[Any]:
     return gpu_check.read_rows(gpu_check.table_of(document)[1])
 
 

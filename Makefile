@@ -38,6 +38,9 @@ format: setup  ## rewrite the code in the house format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+gpu-check:  ## the gpu suite on this machine's GPU; writes its rows into docs/verified.md
+	@$(if $(wildcard $(PY)),$(PY),python3) .ci/gpu_check.py
+
 docs: setup  ## write docs/flags.md and the README's picture again
 	$(PY) docs/flags.py
 	$(PY) docs/picture.py

@@ -29,7 +29,7 @@ type Tensors = dict[str, torch.Tensor]
 type Pair = tuple[torch.Tensor, torch.Tensor]
 
 TOLERANCE: dict[Precision, float] = {
-    # fp32 (gpu_launch switches TF32 off): 2^-24 a rounding, sums of up to 192 products and 99 tokens.
+    # fp32 (test_layer_gpu.py switches TF32 off): 2^-24 a rounding, sums of up to 192 products and 99 tokens.
     "fp32": 2e-5,
     # A bf16 rounding is off by 2^-9 = 0.2 % at most and 0.1 % on average, and about ten of them lie between
     # a row and its reference: both GEMMs, the activation, the product with the gate, the sum over experts,

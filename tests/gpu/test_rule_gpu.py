@@ -251,7 +251,10 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
 
 def test_sync_debug_mode_works() -> None:
-    """The check of host synchronisation notices one."""
+    """Routing, counting and the EMA never wait for the GPU (use_deterministic_algorithms off and on).
+
+    The check of it: an operation that waits is noticed.
+    """
     counted = torch.ones(1, device="cuda")
     with pytest.raises(RuntimeError, match="synchroniz"), host_sync_is_an_error():
         counted.item()

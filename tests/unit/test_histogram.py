@@ -103,10 +103,8 @@ def test_quantile_is_within_its_bin_and_independent_of_the_split(
     whole.add(logits)
     parts = [Histogram(experts, bins, centers=centers) for _ in range(3)]
     cuts = sorted(torch.randint(tokens + 1, (2,), generator=generator).tolist())
-    for part, rows in zip(
-        parts, (logits[: cuts[0]], logits[cuts[0] : cuts[1]], logits[cuts[1] :]), strict=True
-    ):
-        part.add(rows)
+    for part, start, end in zip(parts, [0, *cuts], [*cuts, tokens], strict=True):
+        part.add(logits[start:end])
     parts[0].merge(parts[1])
     parts[0].merge(parts[2])
     assert torch.equal(parts[0].counts_EB, whole.counts_EB)

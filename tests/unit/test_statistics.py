@@ -406,8 +406,9 @@ def test_reset_starts_from_nothing(quantile: Quantile) -> None:
     batch.add_to(statistics)
     assert torch.equal(statistics.integers(), batch.counted(quantile).integers())
     assert cutoffs_of(statistics) == cutoffs_of(batch.counted(quantile))
-    # What was reduced before is a record of its own.
+    # What was reduced before is a record of its own, and keeps no histogram of its layer alive.
     assert record.tokens.tolist() == [2]
+    assert record.tokens.untyped_storage().nbytes() == 8 * BatchCounts.size(2)
 
 
 @both_quantiles

@@ -132,7 +132,7 @@ def test_corners_of_k_and_of_the_pool() -> None:
 
 
 def test_constant_logits_are_found_to_a_millionth() -> None:
-    """Ties cannot be split: the threshold comes to lie within the innermost bin of the constant, load all or none."""
+    """Ties cannot be split: the threshold ends within the innermost bin of the constant, load all or none."""
     center = torch.zeros(1)
     for _ in range(10):
         center = cutoff_of(torch.full((100,), 3.25), center, 10)

@@ -63,13 +63,14 @@ def _total(coefficients: float | Collection[float] | None) -> float:
 
 def _weight_shards(settings: Any) -> bool:
     # More shards than tensor-parallel ranks means that data-parallel ranks hold parts of one weight.
-    for prefix in ("", "expert_"):
-        shards = getattr(settings, f"{prefix}tensor_parallel_num_weight_shards", None) or 1
-        ranks = getattr(settings, f"{prefix}tensor_parallel_size", None)
-        ranks = ranks or getattr(settings, "tensor_model_parallel_size", None) or 1
-        if shards > ranks or getattr(settings, f"{prefix}gtp_weight_remat_size", 1) > 1:
-            return True
-    return False
+    ranks = getattr(settings, "tensor_model_parallel_size", None) or 1
+    expert_ranks = getattr(settings, "expert_tensor_parallel_size", None) or ranks
+    return (
+        (getattr(settings, "tensor_parallel_num_weight_shards", None) or 1) > ranks
+        or (getattr(settings, "expert_tensor_parallel_num_weight_shards", None) or 1) > expert_ranks
+        or getattr(settings, "gtp_weight_remat_size", 1) > 1
+        or getattr(settings, "expert_gtp_weight_remat_size", 1) > 1
+    )
 
 
 REFUSALS = (
@@ -129,6 +130,12 @@ REFUSALS = (
         _get("moe_pad_expert_input_to_capacity"),
         "expert loads vary under ET",
         "leave it out; --moe-et-capacity-factor bounds the load",
+    ),
+    Refusal(
+        "--moe-pad-experts-for-cuda-graph-inference",
+        _get("moe_pad_experts_for_cuda_graph_inference"),
+        "it drops and pads to a capacity of a fixed top-k while decoding",
+        "leave it out",
     ),
     Refusal(
         "--moe-router-padding-for-quantization",

@@ -19,6 +19,7 @@ from megatron_et.host import seam
 from megatron_et.host.versions import check_version
 
 _installed = False
+_failure: Exception | None = None
 
 
 def install() -> None:
@@ -29,10 +30,24 @@ def install() -> None:
 
     Raises:
         ImportError: this Megatron lacks a symbol that a seam needs; names it and the versions that have it.
+        RuntimeError: an earlier call failed halfway; what it bound cannot be bound again.
     """
-    global _installed
+    global _installed, _failure
     if _installed:
         return
+    if _failure is not None:
+        raise RuntimeError(
+            f"megatron_et.install() failed before: {_failure}. Start a new process."
+        ) from _failure
+    try:
+        _bind()
+    except Exception as error:
+        _failure = error
+        raise
+    _installed = True
+
+
+def _bind() -> None:
     check_version()
     from megatron_et.host import layer, wheel
 
@@ -43,7 +58,6 @@ def install() -> None:
 
         for module in (arguments, checkpoint, grads, step, logging):
             module.install()
-    _installed = True
 
 
 def bound() -> list[str]:

@@ -5,6 +5,7 @@ Each subcommand lives in its own module with add_arguments(parser) and run(args)
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv and argv[0] == name:
             importlib.import_module(module).add_arguments(subparser)
     args = parser.parse_args(argv)
-    return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except KeyboardInterrupt:
+        print(f"megatron-et {args.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ format: setup  ## rewrite the code in the house format
 	$(VENV)/bin/ruff check --fix .
 
 gpu-check:  ## the gpu suite on this machine's GPU; writes its rows into docs/verified.md
-	@$(if $(wildcard $(PY)),$(PY),python3) .ci/gpu_check.py
+	@$(if $(wildcard $(PY)),$(PY),python3) .ci/gpu_check.py $(GPU_CHECK_ARGS)
 
 docs: setup  ## write docs/flags.md and the README's picture again
 	$(PY) docs/flags.py

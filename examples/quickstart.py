@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_et.data.corpus import build_corpus
-from megatron_et.data.prepare import train_tokenizer, write_dataset
+from megatron_et.data.dataset import write_dataset
+from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.report.command import make_report, print_report
 
 console = Console()

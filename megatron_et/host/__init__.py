@@ -5,7 +5,7 @@
 | arguments.py | `add_megatron_arguments`, `validate_args` | flags and refusals |
 | arguments.py | `load_args_from_checkpoint` | --use-checkpoint-args |
 | layer.py | `MoELayer.__init__` | our router in every MoE layer |
-| layer.py | `moe_layer.MoEAlltoAllTokenDispatcher` | a dispatcher for any fan-out |
+| layer.py | `moe_layer.MoEAlltoAllTokenDispatcher`, `...AllGather...` | dispatchers for any fan-out |
 | grads.py | `finalize_model_grads` | reduce the batch's statistics beside the gradients |
 | step.py | `train_step` | commit or discard once the optimizer step is known to count |
 | logging.py | `training_log` | TensorBoard, W&B, console line, trace |

@@ -16,10 +16,18 @@ def install() -> None:
     """Bind the seam. The router's default sits in MoESubmodules' generated __init__, so patching its class
     would do nothing."""
     seam.wrap(MOE_LAYER, "MoELayer.__init__", _moe_layer_init)
-    # Only the name that MoELayer builds from: the class itself stays what isinstance and Megatron's class
-    # attributes expect.
-    original = seam.find(MOE_LAYER, "MoEAlltoAllTokenDispatcher")
-    seam.replace(MOE_LAYER, "MoEAlltoAllTokenDispatcher", _alltoall_dispatcher(original))
+    from megatron_et.dispatch import (
+        VariableFanoutAllGatherTokenDispatcher,
+        VariableFanoutAlltoAllTokenDispatcher,
+    )
+
+    # Only the names that MoELayer builds from: the classes themselves stay what isinstance and Megatron's
+    # class attributes expect.
+    for name, ours in (
+        ("MoEAlltoAllTokenDispatcher", VariableFanoutAlltoAllTokenDispatcher),
+        ("MoEAllGatherTokenDispatcher", VariableFanoutAllGatherTokenDispatcher),
+    ):
+        seam.replace(MOE_LAYER, name, _chooser(seam.find(MOE_LAYER, name), ours))
 
 
 def _moe_layer_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -49,12 +57,11 @@ def _builds(router: Any, base: type) -> bool:
     return isinstance(builder, type) and issubclass(builder, base)
 
 
-def _alltoall_dispatcher(original: type) -> Callable[..., Any]:
-    from megatron_et.dispatch import VariableFanoutAlltoAllTokenDispatcher
+def _chooser(megatrons: type, ours: type) -> Callable[..., Any]:
     from megatron_et.router import resolve_config
 
-    def alltoall_dispatcher(*args: Any, config: Any, **kwargs: Any) -> Any:
-        chosen = VariableFanoutAlltoAllTokenDispatcher if resolve_config(config).active else original
+    def dispatcher(*args: Any, config: Any, **kwargs: Any) -> Any:
+        chosen = ours if resolve_config(config).active else megatrons
         return chosen(*args, config=config, **kwargs)
 
-    return alltoall_dispatcher
+    return dispatcher

@@ -206,6 +206,68 @@ def check_cold_experts() -> None:
         assert x.grad.isfinite().all()
 
 
+def check_empty_fused_permutation(dispatcher: str) -> None:
+    """Under permute fusion a micro-batch without routed tokens takes the unfused path, and only such a one.
+
+    Stand-ins for Transformer Engine's kernels refuse to permute no rows, as those do, and else do what they do.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    start(expert_model_parallel_size=int(WORLD))
+    permute, unpermute, sort_chunks = moe_utils.permute, moe_utils.unpermute, moe_utils.sort_chunks_by_idxs
+    calls = []
+
+    class RowMap:
+        """TE's row map: no tensor that the unfused functions could take."""
+
+        def __init__(self, indices: torch.Tensor) -> None:
+            self.indices = indices
+
+    def fused_permute(tokens: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int) -> Any:
+        assert int(num_out_tokens) > 0, "num_out_tokens > 0"
+        calls.append("permute")
+        rows, _, indices, _, _ = permute(tokens, routing_map, num_out_tokens=int(num_out_tokens))
+        return rows, RowMap(indices)
+
+    def fused_permute_with_probs(
+        tokens: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int
+    ) -> Any:
+        assert int(num_out_tokens) > 0, "num_out_tokens > 0"
+        calls.append("permute")
+        rows, gates, indices, _, _ = permute(
+            tokens, routing_map, probs=probs, num_out_tokens=int(num_out_tokens)
+        )
+        return rows, gates, RowMap(indices)
+
+    def fused_unpermute(rows: torch.Tensor, row_map: Any, *, restore_shape: Any, **_: Any) -> torch.Tensor:
+        return unpermute(rows, row_map.indices, restore_shape=restore_shape)
+
+    moe_utils.HAVE_TE = True
+    moe_utils.fused_permute, moe_utils.fused_permute_with_probs = fused_permute, fused_permute_with_probs
+    moe_utils.fused_permute_and_pad_with_probs, moe_utils.fused_unpermute = None, fused_unpermute
+    moe_utils.fused_sort_chunks_by_index_with_probs = lambda x, p, sizes, order: sort_chunks(
+        x, sizes, order, probs=p
+    )
+    moe_utils.fused_sort_chunks_by_index = lambda x, sizes, order: sort_chunks(x, sizes, order)[0]
+    moe_utils.is_te_min_version = lambda *_, **__: True
+
+    layer = moe_layer(moe_token_dispatcher_type=dispatcher, expert_model_parallel_size=int(WORLD))
+    layer.config.moe_permute_fusion = True  # after the copy without it was made, as no TE is here
+    warm = layer.router.thresholds.value.clone()
+    for cold in (False, True, False):
+        calls.clear()
+        layer.zero_grad()
+        layer.router.thresholds.value.copy_(torch.full_like(warm, 1e9) if cold else warm)
+        x = inputs(3).requires_grad_()
+        y, _ = layer(x)
+        y.square().sum().backward()
+        y_dense, map_TE = dense(layer, x.detach(), layer.router.weight.detach(), all_experts(layer))
+        assert map_TE.any() != cold
+        assert bool(calls) != cold
+        close(y, y_dense)
+        assert x.grad.isfinite().all()
+
+
 def check_batch_boundary(quantile: str) -> None:
     """I4: nothing moves within a step; discard, evaluation, no-grad and recompute leave no trace; ranks agree
     bitwise."""

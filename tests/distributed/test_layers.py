@@ -18,6 +18,8 @@ CHECKS = [
     (2, "dense_formula alltoall 0 no"),
     (2, "causality"),
     (2, "cold_experts"),
+    (2, "empty_fused_permutation alltoall"),
+    (2, "empty_fused_permutation allgather"),
     (2, "batch_boundary histogram"),
     (2, "batch_boundary kth-largest"),
     (2, "recompute"),

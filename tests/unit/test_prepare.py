@@ -20,8 +20,10 @@ from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_et.cli import main
-from megatron_et.data import prepare
-from megatron_et.data.prepare import PrepareError, find_inputs, train_tokenizer, write_dataset
+from megatron_et.data import reading
+from megatron_et.data.dataset import write_dataset
+from megatron_et.data.reading import PrepareError, find_inputs
+from megatron_et.data.tokenizer import _SENTENCE_CHARS, _sample_sentences, train_tokenizer
 
 VOCAB_SIZE = 512
 # U+2581 is SentencePiece's own sign for a blank.
@@ -187,7 +189,7 @@ def test_windows_split_jsonl_without_losing_lines(
     texts = [f"line {i} " + "x" * (i % 5 * 20) for i in range(20)]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     source.write_bytes(source.read_bytes().removesuffix(b"\n"))  # the last line need not end
-    monkeypatch.setattr(prepare, "_WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(reading, "_WINDOW_BYTES", window_bytes)
     write_dataset([source], tmp_path / "data", model)
     assert read_documents(tmp_path / "data", model) == texts
 
@@ -197,7 +199,7 @@ def test_same_bytes_for_any_number_of_workers(
 ) -> None:
     text = tmp_path / "some.txt"
     text.write_text(CODE, encoding="utf-8")
-    monkeypatch.setattr(prepare, "_WINDOW_BYTES", 10_000)
+    monkeypatch.setattr(reading, "_WINDOW_BYTES", 10_000)
     one = write_dataset([corpus, text], out / "one", model, workers=1)
     two = write_dataset([corpus, text], out / "two", model, workers=2)
     assert (out / "one.bin").read_bytes() == (out / "two.bin").read_bytes()
@@ -230,10 +232,10 @@ def test_sample_is_spread_over_all_of_the_input(tmp_path: Path, suffix: str) -> 
         lines = [json.dumps({"text": letter * 90}) if suffix == ".jsonl" else letter * 90] * 2_000
         files.append(tmp_path / (letter + suffix))
         files[-1].write_text("\n".join(lines))
-    sentences = list(prepare._sample_sentences(files, "text", 200_000))
-    assert 150_000 < sum(map(len, sentences)) <= 200_000 + prepare._SENTENCE_CHARS
+    sentences = list(_sample_sentences(files, "text", 200_000))
+    assert 150_000 < sum(map(len, sentences)) <= 200_000 + _SENTENCE_CHARS
     assert {letter for sentence in sentences for letter in sentence} >= set("abcd")
-    everything = "".join(prepare._sample_sentences(files, "text", 10**9))
+    everything = "".join(_sample_sentences(files, "text", 10**9))
     assert [everything.count(letter) for letter in "abcde"] == [180_000] * 5
 
 
@@ -272,7 +274,7 @@ def test_bad_records_are_counted_and_skipped(
 def test_strict_names_file_and_line(
     model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "_WINDOW_BYTES", 20)  # the line number counts the lines of earlier windows
+    monkeypatch.setattr(reading, "_WINDOW_BYTES", 20)  # the line number counts the lines of earlier windows
     good = write_jsonl(tmp_path / "good.jsonl", ["a", "b"])
     bad = write_jsonl(tmp_path / "bad.jsonl", ["a", "b", "c", " "])
     with pytest.raises(PrepareError, match=re.escape(f"bad record at {bad}:4: empty")):

@@ -209,7 +209,7 @@ def check_cold_experts() -> None:
 def check_empty_fused_permutation(dispatcher: str) -> None:
     """Under permute fusion a micro-batch without routed tokens takes the unfused path, and only such a one.
 
-    Stand-ins for Transformer Engine's kernels refuse to permute no rows, as those do, and else do what they do.
+    Stand-ins for Transformer Engine kernels refuse to permute no rows, as those do, and else do their work.
     """
     from megatron.core.transformer.moe import moe_utils
 

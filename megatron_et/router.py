@@ -97,6 +97,20 @@ class ExpertThresholdRouter(TopKRouter):
             self._committed_batches_on_host = int(self.committed_batches.item())
         return self._committed_batches_on_host
 
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Megatron's gate, which cannot reshape the logits of a rank that holds no token at all.
+
+        Args:
+            input: [sequence, batch, hidden].
+
+        Returns:
+            logits [sequence, batch, experts] fp32.
+        """
+        if input.numel() > 0:
+            return super().gating(input)
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(input.float(), self.weight.float(), bias)
+
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

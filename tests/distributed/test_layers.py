@@ -15,6 +15,7 @@ CHECKS = [
     (1, "dense_formula alltoall"),
     (4, "dense_formula alltoall"),
     (2, "dense_formula alltoall 3"),
+    (2, "dense_formula alltoall empty"),
     (2, "dense_formula alltoall 0 no"),
     (2, "causality"),
     (2, "cold_experts"),

@@ -88,6 +88,22 @@ def _require_data(args: argparse.Namespace) -> None:
         )
 
 
+class CheckedGPTDataset(GPTDataset):
+    """Megatron's GPTDataset, which counts epochs for ever when its split of the documents holds no token."""
+
+    def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch == 0:
+            raise ValueError(
+                f"the {self.index_split.name} split of {self.dataset_path} holds no token: it got "
+                f"{len(self.indices)} of the file's documents by --split {self.config.split}. Give more "
+                "documents, "
+                "another --split (100,0,0 with --eval-iters 0 for none to evaluate), or --train-data-path "
+                "and "
+                "--valid-data-path."
+            )
+        return super()._get_num_epochs(num_tokens_per_epoch)
+
+
 def train_valid_test_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
     """Build the three datasets, reading real data or Megatron's mock data.
 
@@ -122,7 +138,7 @@ def train_valid_test_datasets(num_samples: tuple[int, int, int], vp_stage: int |
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-    dataset_type = MockGPTDataset if args.mock_data else GPTDataset
+    dataset_type = MockGPTDataset if args.mock_data else CheckedGPTDataset
     print_rank_0(f"> building {dataset_type.__name__} for training, validation and test ...")
     builder = BlendedMegatronDatasetBuilder(
         dataset_type, num_samples, partial(_builds_dataset, vp_stage=vp_stage), config

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_et.data.dataset import write_dataset
+from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.metrics import METRICS
 from tests.distributed.runs import (
     GPT_ARGS,
@@ -291,6 +293,20 @@ def test_bad_input_is_one_clear_sentence(flags: str, sentence: str) -> None:
     assert sentence in run.output, run.output[-3000:]
     # torchrun prints a traceback of its own; ours must not add one.
     assert "validate_args" not in run.output
+
+
+def test_a_split_without_a_token_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    """One document leaves none for validation: Megatron would count epochs of nothing for ever."""
+    text, prefix = tmp_path / "text.txt", tmp_path / "data"
+    text.write_text("A single short document. " * 40)
+    tokenizer = train_tokenizer([text], tmp_path / "tokenizer", 300)
+    write_dataset([text], prefix, tokenizer)
+    model = [word for word in GPT_ARGS if word != "--mock-data"]
+    data = ["--data-path", str(prefix), "--tokenizer-model", str(tokenizer)]
+    data += ["--tokenizer-type", "SentencePieceTokenizer"]
+    run = pretrain([*data, "--train-iters", "2"], processes=1, model=model, succeeds=False, timeout=90)
+    assert run.status != 0
+    assert f"the valid split of {prefix} holds no token: it got 0 of" in run.output, run.output[-3000:]
 
 
 def test_a_corrupt_checkpoint_is_an_error_and_no_hang(base: tuple[Run, Path], tmp_path: Path) -> None:

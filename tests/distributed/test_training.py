@@ -179,6 +179,14 @@ def test_layouts(processes: int, flags: str, tmp_path: Path) -> None:
     check_healthy(pretrain(f"{flags} --train-iters {ITERATIONS}", processes=processes, folder=tmp_path))
 
 
+def test_a_multi_token_prediction_head_has_thresholds_of_its_own(tmp_path: Path) -> None:
+    run = pretrain(f"{EP2} --train-iters 6 --mtp-num-layers 1", folder=tmp_path)
+    for step, record in run.trace.items():
+        assert list(record["layers"]) == [*MOE_LAYERS, "5"]
+        usage = record["layers"]["5"]["usage"]
+        assert usage == [TARGET] * 8 if step <= 4 else 1.0 < sum(usage) < 3.2
+
+
 def test_capacity_anneal_and_fanout_bounds(tmp_path: Path) -> None:
     flags = "--moe-et-capacity-factor 0.5 --moe-et-warmup-anneal-steps 3 --moe-et-max-fanout 3"
     run = pretrain(f"{EP2} --train-iters {ITERATIONS} {flags}", folder=tmp_path)

@@ -191,7 +191,7 @@ def main(argv: Iterable[str] | None = None) -> None:
         *MOE_ARGS,
         *TRAINING_ARGS,
         *("--train-iters", str(total), "--eval-interval", str(max(total // 6, 1))),
-        *("--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(total)),
+        *("--save", str(checkpoints), "--load", str(checkpoints), "--save-interval", str(max(total // 4, 1))),
         *("--tensorboard-dir", str(run / "tensorboard"), "--tensorboard-log-interval", str(LOG_INTERVAL)),
         *data_args(run.parent / "data"),
         *router_args(options.router, total, run),

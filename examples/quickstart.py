@@ -4,8 +4,8 @@
     make quickstart QUICKSTART_ARGS="--iterations 60 --run runs/short"
 
 Steps, each skipped when its result is already there:
- 1. a corpus of code and prose from this Python's own files          runs/quickstart/corpus
- 2. a SentencePiece tokenizer and Megatron .bin/.idx datasets        runs/quickstart/data
+ 1. a corpus of code and prose from this Python's own files          runs/corpus
+ 2. a SentencePiece tokenizer and Megatron .bin/.idx datasets        runs/data
  3. torchrun, 2 processes, EP=2: a GPT with a dense first layer and MoE layers of 16 routed experts + 1
     shared; Expert Choice warm-up, then thresholds; stopped          runs/quickstart/checkpoints, tensorboard
  4. resumed from the checkpoint and finished                         runs/quickstart/train.log
@@ -75,7 +75,9 @@ def warmup_steps(iterations: int) -> int:
 def router_args(router: str, iterations: int, run: Path) -> list[str]:
     """Flags of the router under test: the only difference between the runs."""
     if router == "topk":
-        return ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "1e-2"]
+        # Megatron demands the softmax before the selection when one expert is selected.
+        balance = ["--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "1e-2"]
+        return [*balance, "--moe-router-pre-softmax"]
     return [
         *("--moe-router-type", router, "--moe-et-trace-dir", str(run)),
         # The paper's decay 0.999 and warm-up 4000 are for 20k steps; both shrink with the run.
@@ -128,11 +130,11 @@ def train(args: list[str], iterations: int, log: Path, what: str) -> None:
         *("--master-addr", "127.0.0.1", "--master-port", str(port)),
         *("-m", "megatron_et.pretrain_gpt", *args),
     ]
-    env = {**os.environ, "MEGATRON_ET_CPU": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "MEGATRON_ET_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     steps = TextColumn("{task.completed}/{task.total} steps")
     columns = (TextColumn("{task.description}"), BarColumn(), steps)
     with (
-        log.open("a") as file,
+        log.open("a", buffering=1) as file,
         subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         ) as process,
@@ -149,8 +151,11 @@ def train(args: list[str], iterations: int, log: Path, what: str) -> None:
                 )
         status = process.wait()
     if status != 0:
-        tail = log.read_text(errors="replace").splitlines()[-30:]
-        console.print("\n".join(tail), markup=False, highlight=False)
+        lines = log.read_text(errors="replace").splitlines()
+        # The cause stands above torchrun's own report, which is all that the log's end would show.
+        causes = [line for line in lines if re.search(r"^megatron_et: |\w+Error: ", line)]
+        causes = [line for line in causes if "ChildFailedError" not in line] or lines[-30:]
+        console.print("\n".join(causes[-5:]), markup=False, highlight=False)
         sys.exit(f"quickstart: {what} failed with status {status}; the whole log is {log}")
 
 
@@ -165,7 +170,12 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of everything")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of the run; corpus and data lie beside it",
+    )
     parser.add_argument("--iterations", type=int, default=400, help="training steps (at least 30)")
     parser.add_argument(
         "--router", choices=("expert-threshold", "expert-choice", "topk"), default="expert-threshold"
@@ -179,12 +189,16 @@ def main(argv: Iterable[str] | None = None) -> None:
     started = time.monotonic()
     prepare_data(run.parent / "corpus", run.parent / "data")
 
-    checkpoints, log = run / "checkpoints", run / "train.log"
+    checkpoints, log, settings = run / "checkpoints", run / "train.log", run / "settings.txt"
+    wanted = f"{options.router}, {options.iterations} iterations"
     if options.fresh:
         for old in (checkpoints, run / "tensorboard", run / "report"):
             shutil.rmtree(old, ignore_errors=True)
-        for old in (log, run / "et_trace.jsonl"):
+        for old in (log, run / "et_trace.jsonl", settings):
             old.unlink(missing_ok=True)
+    if settings.is_file() and settings.read_text() != wanted:
+        parser.error(f"{run} holds a run of {settings.read_text()}: give another --run, or --fresh")
+    settings.write_text(wanted)
     total, half = options.iterations, options.iterations * 3 // 4
     args = [
         *MODEL_ARGS,

@@ -43,7 +43,8 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _require_candidates(routers: Sequence[Any]) -> None:
     if not all(router.thresholds.has_candidate for router in routers):
         raise HookNotCalledError(
-            "the thresholds' statistics were not reduced in this step: config.finalize_model_grads_func was set "
-            "to a function that does not call megatron.training.training.finalize_model_grads. Call that "
-            "function (not megatron.core.distributed's) in it, or leave config.finalize_model_grads_func unset."
+            "the thresholds' statistics were not reduced in this step: "
+            "config.finalize_model_grads_func was set to a function that does not call "
+            "megatron.training.training.finalize_model_grads. Call that function (not "
+            "megatron.core.distributed's) in it, or leave config.finalize_model_grads_func unset."
         )

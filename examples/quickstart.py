@@ -199,7 +199,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     if settings.is_file() and settings.read_text() != wanted:
         parser.error(f"{run} holds a run of {settings.read_text()}: give another --run, or --fresh")
     settings.write_text(wanted)
-    total, half = options.iterations, options.iterations * 3 // 4
+    total, stop = options.iterations, options.iterations * 3 // 4
     args = [
         *MODEL_ARGS,
         *MOE_ARGS,
@@ -210,9 +210,9 @@ def main(argv: Iterable[str] | None = None) -> None:
         *data_args(run.parent / "data"),
         *router_args(options.router, total, run),
     ]
-    if finished(checkpoints) < half:
+    if finished(checkpoints) < stop:
         console.print(f"[bold]3/5[/] training, {PROCESSES} processes, EP=2 (log: {log})")
-        train([*args, "--exit-interval", str(half)], total, log, f"steps 1 to {half}")
+        train([*args, "--exit-interval", str(stop)], total, log, f"steps 1 to {stop}")
     if finished(checkpoints) < total:
         console.print(f"[bold]4/5[/] stopped at step {finished(checkpoints)}; resuming from its checkpoint")
         train(args, total, log, f"steps {finished(checkpoints) + 1} to {total}")

@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TAIL = 10_000  # characters of output to show when a run fails: two ranks' tracebacks and torchrun's own
 
 
+def words(line: str) -> list[str]:
+    """A command line as it is typed."""
+    return line.split()
+
+
 def free_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.socket() as probe:

@@ -11,12 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from tests.launch import TAIL, torchrun
-
-
-def words(line: str) -> list[str]:
-    """A command line as it is typed."""
-    return line.split()
+from tests.launch import TAIL, torchrun, words
 
 
 # A GPT with a dense first layer and three MoE layers; Megatron's default dropout stays on.

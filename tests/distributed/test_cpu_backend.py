@@ -7,16 +7,11 @@ from typing import NamedTuple
 import pytest
 
 from megatron_et.cpu import CPU_ARGS
-from tests.launch import TAIL, torchrun
+from tests.launch import TAIL, torchrun, words
 
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-
-
-def words(line: str) -> list[str]:
-    """A command line as it is typed."""
-    return line.split()
 
 
 # A GPT of two layers with four experts, on random tokens. Megatron's default dropout stays on.

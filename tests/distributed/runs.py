@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from tests.launch import TAIL, torchrun, words
 
-
 # A GPT with a dense first layer and three MoE layers; Megatron's default dropout stays on.
 GPT_ARGS = words("""
     --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --swiglu

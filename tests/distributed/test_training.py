@@ -148,35 +148,13 @@ def test_same_numbers_but_for_the_order_of_sums(base: tuple[Run, Path], flags: s
             assert run.trace[step]["layers"][layer]["cutoff"] == pytest.approx(expected["cutoff"], abs=1e-3)
 
 
-LAYOUTS = {
-    "one-process": (1, ""),
-    "dp2-ep1": (2, ""),
-    "bf16": (2, EP2 + "--bf16"),
-    "fp16": (2, EP2 + "--fp16 --initial-loss-scale 1024"),
-    "tp2-sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2-vpp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
-    "ep4": (4, "--expert-model-parallel-size 4"),
-    "ep2-tp2-sp": (4, EP2 + "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "ep2-tp2-sp-etp1": (
-        4,
-        EP2 + "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1",
-    ),
-    "ep2-pp2": (4, EP2 + "--pipeline-model-parallel-size 2"),
-    "ep2-pp2-vpp2": (
-        4,
-        EP2 + "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
-    ),
-    "ep2-tp2-allgather": (
-        4,
-        EP2 + "--tensor-model-parallel-size 2 --sequence-parallel --moe-token-dispatcher-type allgather",
-    ),
-}
+PRECISIONS = {"bf16": "--bf16", "fp16": "--fp16 --initial-loss-scale 1024"}
 
 
-@pytest.mark.parametrize(("processes", "flags"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layouts(processes: int, flags: str, tmp_path: Path) -> None:
-    check_healthy(pretrain(f"{flags} --train-iters {ITERATIONS}", processes=processes, folder=tmp_path))
+@pytest.mark.parametrize("flags", PRECISIONS.values(), ids=PRECISIONS.keys())
+def test_half_precision(flags: str, tmp_path: Path) -> None:
+    """Through Float16Module; layouts in fp32 are test_layouts.py's."""
+    check_healthy(pretrain(f"{EP2} {flags} --train-iters {ITERATIONS}", folder=tmp_path))
 
 
 def test_a_multi_token_prediction_head_has_thresholds_of_its_own(tmp_path: Path) -> None:

@@ -73,6 +73,13 @@ class ExpertThresholdConfig:
         "whatever the "
         "layout; kth-largest = the paper's mean of the k-th largest logits over micro-batches and ranks",
     )
+    guard: float | None = _knob(
+        None,
+        "--moe-et-guard",
+        "G, 0.5 recommended: an expert whose load at its threshold was outside (1-G)k to (1+G)k in three "
+        "global batches in a row, on the same side, starts its EMA again from the last cutoff; needs "
+        "histogram; none = off",
+    )
     max_fanout: int | None = _knob(
         None, "--moe-et-max-fanout", "at most this many experts a token, best logits first; none = no bound"
     )
@@ -102,6 +109,10 @@ class ExpertThresholdConfig:
             self._require(
                 finite and self.capacity_factor >= 0.0, "capacity_factor", "must be finite and >= 0"
             )
+        if self.guard is not None:
+            self._require(math.isfinite(self.guard) and self.guard > 0.0, "guard", "must be finite and > 0")
+            why = "reads loads off a histogram, and --moe-et-quantile kth-largest keeps none: leave it out"
+            self._require(self.quantile == "histogram", "guard", why)
         if self.max_fanout is not None:
             self._require(self.max_fanout >= 1, "max_fanout", "must be at least 1 expert a token")
         if self.router_type == "expert-choice":

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from megatron_et.config import Quantile
-from megatron_et.quantile import Count, Histogram, expected_load, kth_largest
+from megatron_et.quantile import Count, Histogram, capacity_loads, expected_load, kth_largest
 
 type Device = torch.device | int | str | None
 
@@ -109,10 +109,26 @@ class HistogramQuantile:
         centers_E: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantile at rho of the whole batch."""
-        pool = Histogram(self.num_experts, self._histogram.bins, centers=centers_E)
-        pool.counts_EB = integers.view(self.num_experts, -1)
+        pool = self._pool(integers, centers_E)
         k = expected_load(num_tokens, self.topk, self.num_experts)
         return pool.kth_largest(k), num_tokens * self.topk >= self.num_experts
+
+    def band(
+        self, integers: torch.Tensor, num_tokens: torch.Tensor, centers_E: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits between which a threshold gives its expert (1 -+ share) k tokens of the whole batch.
+
+        Returns:
+            (lower, upper): the (1+share)k-th and the (1-share)k-th largest, each [experts] fp64.
+        """
+        pool = self._pool(integers, centers_E)
+        fewest, most = capacity_loads(expected_load(num_tokens, self.topk, self.num_experts), share)
+        return pool.kth_largest(most), pool.kth_largest(fewest)
+
+    def _pool(self, integers: torch.Tensor, centers_E: torch.Tensor) -> Histogram:
+        pool = Histogram(self.num_experts, self._histogram.bins, centers=centers_E)
+        pool.counts_EB = integers.view(self.num_experts, -1)
+        return pool
 
 
 def make_estimator(quantile: Quantile, num_experts: int, topk: int, device: Device = None) -> CutoffEstimator:

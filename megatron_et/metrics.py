@@ -30,12 +30,13 @@ METRICS: dict[str, str] = {
     "tokens_2plus_experts": "mean",
     "capacity_bound_share": "mean",
     "dead_experts": "sum",
+    "restarted_experts": "sum",
 }
 
 
 def width(num_experts: int) -> int:
     """W: numbers in a packed layer."""
-    return BatchCounts.size(num_experts) + 2 * num_experts + 1
+    return BatchCounts.size(num_experts) + 2 * num_experts + 2
 
 
 def pack(record: BatchRecord) -> torch.Tensor:
@@ -45,7 +46,9 @@ def pack(record: BatchRecord) -> torch.Tensor:
     phase = counts.new_tensor([PHASES.index(record.phase)])
     # NaN (a batch without a quantile) would survive the sum over pipeline stages: it travels as it is, rows
     # are disjoint.
-    return torch.cat([counts, record.thresholds_E.double(), record.cutoffs_E, phase])
+    return torch.cat(
+        [counts, record.thresholds_E.double(), record.cutoffs_E, phase, record.restarted.double()]
+    )
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,21 @@ class LayerBatch:
     thresholds_E: torch.Tensor
     cutoffs_E: torch.Tensor
     phase: str
+    restarted: int
 
     @classmethod
     def unpack(cls, packed_W: torch.Tensor, num_experts: int) -> "LayerBatch":
         """Inverse of `pack`."""
-        counts, thresholds_E, cutoffs_E, phase = packed_W.cpu().split(
-            [BatchCounts.size(num_experts), num_experts, num_experts, 1]
+        counts, thresholds_E, cutoffs_E, phase, restarted = packed_W.cpu().split(
+            [BatchCounts.size(num_experts), num_experts, num_experts, 1, 1]
         )
-        return cls(BatchCounts.split(counts.long(), num_experts), thresholds_E, cutoffs_E, PHASES[int(phase)])
+        return cls(
+            BatchCounts.split(counts.long(), num_experts),
+            thresholds_E,
+            cutoffs_E,
+            PHASES[int(phase)],
+            int(restarted),
+        )
 
     def usage_E(self) -> torch.Tensor:
         """Share of the batch's tokens that each expert took, [experts] fp64."""
@@ -98,6 +108,7 @@ class LayerBatch:
             "tokens_2plus_experts": share_F[2:].sum().item(),
             "capacity_bound_share": self.at_bound_E().mean().item(),
             "dead_experts": float((self.counts.usage_E == 0).sum()),
+            "restarted_experts": float(self.restarted),
         }
 
     def trace(self) -> dict[str, list[float] | list[int] | list[float | None]]:

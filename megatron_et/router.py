@@ -35,7 +35,7 @@ def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
         return ExpertThresholdConfig()
 
 
-_THRESHOLD_BUFFERS = ("thresholds.value", "thresholds.num_updates", "thresholds.last_cutoff")
+_THRESHOLD_BUFFERS = tuple(f"thresholds.{name}" for name, _ in ThresholdEMA(1).named_buffers())
 
 
 class ExpertThresholdRouter(TopKRouter):

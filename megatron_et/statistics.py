@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_et.config import Quantile
-from megatron_et.estimator import make_estimator
+from megatron_et.estimator import HistogramQuantile, make_estimator
 from megatron_et.threshold import ThresholdEMA
 
 
@@ -55,6 +55,8 @@ class BatchRecord:
     """fp64, the population quantile of this batch; NaN when it had none."""
     phase: str
     """warmup, anneal or threshold."""
+    restarted: torch.Tensor
+    """[1] int64, experts whose EMA the guard starts again after this batch."""
 
 
 class RouterStatistics:
@@ -137,6 +139,16 @@ class RouterStatistics:
         counts = BatchCounts.split(integers[:size].clone(), self.num_experts)
         cutoffs_E, valid = self.estimator.cutoffs(integers[size:], reals, counts.tokens, centers_E)
         return counts, cutoffs_E, valid
+
+    def band(
+        self, integers: torch.Tensor, num_tokens: torch.Tensor, centers_E: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The guard's band of the sums over all ranks: see `HistogramQuantile.band`; arguments as for
+        `reduced`."""
+        assert isinstance(self.estimator, HistogramQuantile), "the settings refuse a guard without histogram"
+        return self.estimator.band(
+            integers[BatchCounts.size(self.num_experts) :], num_tokens, centers_E, share
+        )
 
     def reset(self) -> None:
         """Start the next global batch."""

@@ -76,13 +76,20 @@ def finish_reduction(pending: PendingReduction | None) -> None:
     for router, integers, reals in zip(pending.routers, integers_L, reals_L, strict=True):
         thresholds = router.thresholds
         counts, cutoffs_E, valid = router.statistics.reduced(integers, reals, thresholds.last_cutoff)
-        thresholds.propose(cutoffs_E, valid=valid)
+        guard = router.et_config.guard
+        band = (
+            None
+            if guard is None
+            else router.statistics.band(integers, counts.tokens, thresholds.last_cutoff, guard)
+        )
+        restart_E = thresholds.propose(cutoffs_E, valid=valid, band=band)
         nonfinite.append(counts.nonfinite)
         router.last_batch = BatchRecord(
             counts=counts,
             thresholds_E=thresholds.value.where(thresholds.num_updates > 0, torch.nan),
             cutoffs_E=cutoffs_E.where(valid, torch.nan),
             phase=router.et_config.phase(router.num_committed_batches),
+            restarted=torch.zeros_like(counts.tokens) if restart_E is None else restart_E.sum().reshape(1),
         )
     _NONFINITE.send(pending.routers, torch.cat(nonfinite))
 

@@ -1,5 +1,5 @@
-"""The thresholds of one router: an EMA of population quantiles, with bias correction and a candidate that may
-be dropped.
+"""The thresholds of one router: an EMA of population quantiles, with bias correction, a candidate that may be
+dropped, and a guard that starts an expert's EMA again.
 
 Dimension letters: E experts.
 """
@@ -10,6 +10,10 @@ from typing import Self
 
 import torch
 
+PATIENCE = 3
+"""Batches in a row, on the same side of the guard's band, after which an expert's EMA starts again: fewer
+would follow a batch that is odd by itself (benchmarks/quantile_error.py)."""
+
 
 class ThresholdEMA(torch.nn.Module):
     """Thresholds `value` and the number of updates that made them; both are saved with the model.
@@ -18,6 +22,9 @@ class ThresholdEMA(torch.nn.Module):
     corrected value alone when its n-th step is weighted: value += (1 - beta) / (1 - beta**n) * (cutoff -
     value). Only that is stored: it is what routes, what is checkpointed, and what an inference engine needs.
     The first update copies the cutoffs.
+
+    A guard may start the EMA of single experts again: then n counts from there, so that the first cutoff is
+    copied and the next ones are averaged as at the start of training.
 
     An update has two halves, since only after the optimizer step is known whether the global batch counted:
     `propose` computes a candidate, `commit` makes it the thresholds, `discard` drops it. Nothing synchronises
@@ -37,6 +44,12 @@ class ThresholdEMA(torch.nn.Module):
     """[E] fp32, cutoffs of the last committed batch: where the next batch's histogram is centred. It follows
     drift at once, which the EMA does not, so that bins are finest where the next quantile is."""
 
+    restarted_at: torch.Tensor
+    """[E] int64, committed updates before which an expert's EMA forgot everything; 0 without a restart."""
+    violations: torch.Tensor
+    """[E] int64, length of the current run of batches outside the guard's band; > 0 too much load, < 0 too
+    little."""
+
     def __init__(
         self, num_experts: int, decay: float = 0.999, *, device: torch.device | int | str | None = None
     ) -> None:
@@ -47,7 +60,9 @@ class ThresholdEMA(torch.nn.Module):
         self.register_buffer("value", torch.zeros(num_experts, dtype=torch.float32, device=device))
         self.register_buffer("num_updates", torch.zeros(1, dtype=torch.int64, device=device))
         self.register_buffer("last_cutoff", torch.zeros(num_experts, dtype=torch.float32, device=device))
-        self._candidate: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self.register_buffer("restarted_at", torch.zeros(num_experts, dtype=torch.int64, device=device))
+        self.register_buffer("violations", torch.zeros(num_experts, dtype=torch.int64, device=device))
+        self._candidate: dict[str, torch.Tensor] | None = None
 
     @property
     def has_candidate(self) -> bool:
@@ -55,26 +70,56 @@ class ThresholdEMA(torch.nn.Module):
         return self._candidate is not None
 
     @torch.no_grad()
-    def propose(self, cutoffs_E: torch.Tensor, *, valid: torch.Tensor | None = None) -> None:
+    def propose(
+        self,
+        cutoffs_E: torch.Tensor,
+        *,
+        valid: torch.Tensor | None = None,
+        band: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | None:
         """Compute the next thresholds without using them; a second call replaces the first one's candidate.
 
         Args:
             cutoffs_E: [E], k-th largest logits of the global batch.
             valid: one bool; False (no token in the whole batch) leaves thresholds and their count as they
                 are.
+            band: the guard's (lower, upper), each [E]: the batch's (1+G)k-th and (1-G)k-th largest logits. A
+                threshold outside had too much or too little load. None without a guard.
+
+        Returns:
+            [E] bool, experts whose EMA starts again; None without a guard.
         """
         updates = self.num_updates + 1
+        restarted_at, violations, restart = self.restarted_at, self.violations, None
+        if band is not None:
+            outside = (self.value < band[0]).long() - (self.value > band[1]).long()
+            # Zeros before the first update are no thresholds yet.
+            outside *= self.num_updates > 0
+            # A run that changes side is a new run.
+            continued = (violations + outside) * outside.abs()
+            violations = torch.where(violations * outside < 0, outside, continued)
+            restart = violations.abs() >= PATIENCE
+            if valid is not None:
+                restart &= valid
+            violations = violations.masked_fill(restart, 0)
+            restarted_at = torch.where(restart, self.num_updates, restarted_at)
         log_decay = math.log(self.decay) if self.decay > 0.0 else -math.inf
         # float64: (1 - beta**n) cancels for small n, and every layout must round the same way.
-        rate = (1.0 - self.decay) / -torch.expm1(updates.double() * log_decay)
+        rate_E = (1.0 - self.decay) / -torch.expm1((updates - restarted_at).double() * log_decay)
         value = self.value.double()
-        candidate = (value + rate * (cutoffs_E.double() - value)).float()
-        last_cutoff = cutoffs_E.float()
+        candidate = {
+            "value": (value + rate_E * (cutoffs_E.double() - value)).float(),
+            "num_updates": updates,
+            "last_cutoff": cutoffs_E.float(),
+            "restarted_at": restarted_at,
+            "violations": violations,
+        }
         if valid is not None:
-            candidate = torch.where(valid, candidate, self.value)
-            updates = torch.where(valid, updates, self.num_updates)
-            last_cutoff = torch.where(valid, last_cutoff, self.last_cutoff)
-        self._candidate = (candidate, updates, last_cutoff)
+            candidate = {
+                name: torch.where(valid, new, self.get_buffer(name)) for name, new in candidate.items()
+            }
+        self._candidate = candidate
+        return restart
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -82,9 +127,8 @@ class ThresholdEMA(torch.nn.Module):
         if self._candidate is None:
             raise RuntimeError("commit() without a candidate: call propose() with the batch's cutoffs first")
         # In place: checkpoint code, CUDA graphs and users hold on to the buffers.
-        self.value.copy_(self._candidate[0])
-        self.num_updates.copy_(self._candidate[1])
-        self.last_cutoff.copy_(self._candidate[2])
+        for name, new in self._candidate.items():
+            self.get_buffer(name).copy_(new)
         self._candidate = None
 
     def discard(self) -> None:

@@ -89,6 +89,8 @@ def gather_layers(args: Any) -> dict[int, LayerBatch]:
 
 def console_line(iteration: int, summary: Mapping[str, float], phase: str) -> str:
     """One line for people, beside Megatron's own."""
+    restarted = int(summary["restarted_experts"])
+    guard = f" | guard: EMA of {restarted} experts starts again" if restarted else ""
     return (
         f" [megatron_et] iteration {iteration:8d} | phase {phase} | fan-out mean "
         f"{summary['fanout_mean']:.3f} "
@@ -96,7 +98,7 @@ def console_line(iteration: int, summary: Mapping[str, float], phase: str) -> st
         f"{summary['expert_usage_max']:.4f} | "
         f"max violation {summary['max_violation']:.3f} | |cutoff - threshold| {summary['cutoff_gap']:.4f} | "
         f"no expert {100 * summary['tokens_0_experts']:.1f} % of tokens | dead experts "
-        f"{summary['dead_experts']:.0f}"
+        f"{summary['dead_experts']:.0f}{guard}"
     )
 
 

@@ -2,12 +2,14 @@
 
 A matrix product may round differently for another number of rows, so layouts can be compared to the bit only
 if every token of the global batch has the same logits in all of them: they are drawn by (global batch, layer,
-sample, position). The gate's own product is added with weight zero, so that its gradient path stays.
+sample, position). The gate's own product is added with weight zero, so that its gradient path stays. The
+stream drifts; with FED_JUMP=N it stands still, but at batch N every expert's logits shift.
 
 Dimension letters: G samples of a global batch, S positions, E experts.
 """
 
 import functools
+import os
 from collections import Counter
 
 import torch
@@ -15,10 +17,15 @@ import torch
 
 @functools.lru_cache(maxsize=64)
 def stream(batch: int, layer: int, samples: int, positions: int, experts: int) -> torch.Tensor:
-    """Logits [G, S, E] of a whole global batch in one layer; offset per expert, drifting, widening."""
+    """Logits [G, S, E] of a whole global batch in one layer; offset per expert."""
     generator = torch.Generator().manual_seed(1000 * batch + layer)
     logits_GSE = torch.randn(samples, positions, experts, generator=generator)
-    return logits_GSE * (1.0 + 0.1 * batch) + 0.2 * batch + torch.arange(experts) - layer
+    logits_GSE += torch.arange(experts) - layer
+    jump = os.environ.get("FED_JUMP")
+    if jump is None:
+        return logits_GSE * (1.0 + 0.1 * batch) + 0.2 * batch
+    shift_E = torch.randn(experts, generator=torch.Generator().manual_seed(layer)) * 3.0
+    return logits_GSE + shift_E * (batch >= int(jump))
 
 
 if __name__ == "__main__":  # the guard that spawned checkpoint writers need

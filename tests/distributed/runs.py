@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megatron_et.threshold import ThresholdEMA
 from tests.launch import TAIL, torchrun, words
 
 # A GPT with a dense first layer and three MoE layers; Megatron's default dropout stays on.
@@ -96,3 +97,13 @@ def assert_same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     different = [key for key in left if not torch.equal(left[key], right[key])]
     assert not different, different
+
+
+def assert_thresholds_replay(run: Run, *, decay: float = 0.9) -> None:
+    """The thresholds of every traced step are, to the bit, the EMA of the cutoffs of those before it."""
+    for layer in run.trace[min(run.trace)]["layers"]:
+        records = [run.trace[step]["layers"][layer] for step in sorted(run.trace)]
+        ema = ThresholdEMA(len(records[0]["cutoff"]), decay)
+        for n, record in enumerate(records):
+            assert record["threshold"] == (ema.value.tolist() if n else [None] * len(record["cutoff"]))
+            ema.update(torch.tensor(record["cutoff"], dtype=torch.float64))

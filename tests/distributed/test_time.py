@@ -8,10 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_et.threshold import ThresholdEMA
-from tests.distributed.runs import MOE_LAYERS, Run, assert_same_tensors, checkpoint_tensors, pretrain
+from tests.distributed.runs import (
+    MOE_LAYERS,
+    Run,
+    assert_same_tensors,
+    assert_thresholds_replay,
+    checkpoint_tensors,
+    pretrain,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -95,19 +100,9 @@ def test_overflow_skipped_steps_leave_no_trace(tmp_path: Path) -> None:
         counters = [v for k, v in tensors.items() if k.endswith(("committed_batches", "num_updates"))]
         assert len(counters) == 2 * len(MOE_LAYERS)
         assert all(value.tolist() == [committed] for value in counters)
-    replays(run, 0.9)
+    assert_thresholds_replay(run)
     for n, step in enumerate(sorted(run.trace)):
         assert run.trace[step]["phase"] == ("warmup" if n < 4 else "threshold")
-
-
-def replays(run: Run, decay: float) -> None:
-    """Each step was routed by the EMA of the logged steps' cutoffs before it, and by nothing else."""
-    for layer in MOE_LAYERS:
-        records = [run.trace[step]["layers"][layer] for step in sorted(run.trace)]
-        ema = ThresholdEMA(len(records[0]["cutoff"]), decay)
-        for n, record in enumerate(records):
-            assert record["threshold"] == (ema.value.tolist() if n else [None] * ema.value.numel())
-            ema.update(torch.tensor(record["cutoff"], dtype=torch.float64))
 
 
 def test_thresholds_survive_every_change_of_layout(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ FLAGS = [
     "--moe-et-capacity-factor",
     "--moe-et-pool",
     "--moe-et-quantile",
+    "--moe-et-guard",
     "--moe-et-max-fanout",
     "--moe-et-gate-normalization",
     "--moe-et-trace-dir",

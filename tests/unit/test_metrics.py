@@ -35,6 +35,7 @@ def record(
     at_bound: list[int] | None = None,
     micro_batches: int = 1,
     phase: str = "threshold",
+    restarted: int = 0,
 ) -> BatchRecord:
     """What a router keeps of a batch in which token t went to expert e where routed[t][e]."""
     fanouts = [sum(row) for row in routed]
@@ -51,6 +52,7 @@ def record(
         thresholds_E=torch.tensor(thresholds or [0.0] * experts),
         cutoffs_E=torch.tensor(cutoffs or [0.0] * experts, dtype=torch.float64),
         phase=phase,
+        restarted=torch.tensor([restarted]),
     )
 
 
@@ -100,6 +102,7 @@ def naive_metrics(routed: Map, batch: BatchRecord) -> dict[str, float]:
         "tokens_2plus_experts": sum(n >= 2 for n in fanouts) / T,
         "capacity_bound_share": sum(n / int(batch.counts.micro_batches) for n in bound) / E,
         "dead_experts": sum(share == 0 for share in usage),
+        "restarted_experts": int(batch.restarted),
     }
 
 
@@ -124,6 +127,7 @@ def test_a_batch_worked_out_by_hand() -> None:
         cutoffs=[-1.5, 0.5, 3.0],
         at_bound=[2, 0, 1],
         micro_batches=2,
+        restarted=2,
     )
     assert on_host(batch).metrics() == pytest.approx(
         {
@@ -142,6 +146,7 @@ def test_a_batch_worked_out_by_hand() -> None:
             "tokens_2plus_experts": 0.5,
             "capacity_bound_share": 0.5,
             "dead_experts": 1.0,
+            "restarted_experts": 2.0,
         },
         rel=1e-12,
     )
@@ -172,7 +177,9 @@ def test_one_token_more_in_billions_is_seen() -> None:
     counts = BatchCounts.split(
         torch.tensor([2**33, 1, 0, 0, 0, 2**33 - 1, 1, 2**33, 1, 0], dtype=torch.int64), 2
     )
-    batch = BatchRecord(counts, torch.zeros(2), torch.zeros(2, dtype=torch.float64), "threshold")
+    batch = BatchRecord(
+        counts, torch.zeros(2), torch.zeros(2, dtype=torch.float64), "threshold", torch.zeros(1)
+    )
     metrics = on_host(batch).metrics()
     assert metrics["expert_usage_min"] == pytest.approx(2**-33)
     assert (metrics["expert_usage_max"], metrics["fanout_max"], metrics["dead_experts"]) == (1.0, 2.0, 0.0)
@@ -196,7 +203,8 @@ def test_pack_and_unpack_keep_every_number(phase: str, num_experts: int) -> None
     thresholds = torch.randn(num_experts)
     cutoffs = torch.randn(num_experts, dtype=torch.float64) / 3
     thresholds[-1] = cutoffs[0] = NAN
-    packed = pack(BatchRecord(BatchCounts.split(counts, num_experts), thresholds, cutoffs, phase))
+    restarted = torch.tensor([num_experts])
+    packed = pack(BatchRecord(BatchCounts.split(counts, num_experts), thresholds, cutoffs, phase, restarted))
     assert packed.shape == (width(num_experts),)
     assert packed.dtype == torch.float64
     batch = LayerBatch.unpack(packed, num_experts)
@@ -206,7 +214,7 @@ def test_pack_and_unpack_keep_every_number(phase: str, num_experts: int) -> None
         assert torch.equal(there, back)
     torch.testing.assert_close(batch.thresholds_E, thresholds.double(), rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(batch.cutoffs_E, cutoffs, rtol=0, atol=0, equal_nan=True)
-    assert batch.phase == phase
+    assert (batch.phase, batch.restarted) == (phase, num_experts)
 
 
 def test_unpacking_leaves_the_vector_alone() -> None:
@@ -230,6 +238,7 @@ def test_overall_reduces_each_metric_its_own_way() -> None:
         "max_violation": 4.0,
         "fanout_max": 4.0,
         "dead_experts": 9.0,
+        "restarted_experts": 9.0,
         **dict.fromkeys(mean, 3.0),
     }
 

@@ -380,6 +380,20 @@ def test_the_quantile_of_a_huge_pool(times: int) -> None:
     torch.testing.assert_close(cutoffs_of_many, cutoffs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0, 2.0])
+def test_the_guards_band_is_where_loads_leave_it(share: float) -> None:
+    """To within the bins: a threshold at an end of the band gets (1 -+ share) k of the pool's tokens."""
+    logits = torch.randn(4096, 6) * 3 + 10
+    k = 4096 // 6
+    statistics = RouterStatistics(6, 1)
+    centers = logits.sort(dim=0, descending=True).values[k - 1]
+    statistics.add(logits, logits >= 0, thresholds_at(torch.zeros(6), centers=centers))
+    lower, upper = statistics.band(statistics.integers(), torch.tensor([4096]), centers, share)
+    most, fewest = (logits >= lower).sum(0), (logits >= upper).sum(0)
+    assert ((most - (1 + share) * k).abs() <= 0.03 * k).all()
+    assert ((fewest - max(1 - share, 0.0) * k).abs() <= 0.03 * k).all()
+
+
 def test_the_histogram_is_finest_at_the_last_cutoffs() -> None:
     """Centred there, not on the thresholds that route, which may lag far behind."""
     logits = 5.0 + 0.01 * torch.randn(512, 4)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_et.threshold import ThresholdEMA
+from megatron_et.threshold import PATIENCE, ThresholdEMA
 
 
 @given(st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.99999]), st.integers(1, 60), st.integers(0, 2**31))
@@ -53,6 +53,63 @@ def test_candidate_is_invisible_until_commit() -> None:
     again.update(torch.tensor([5.0, 5.0]))
     assert torch.equal(ema.value, again.value)
     assert torch.equal(ema.num_updates, again.num_updates)
+
+
+BATCHES = st.lists(
+    st.lists(st.sampled_from([-3.0, -1.0, 0.0, 1.0, 4.0]), min_size=3, max_size=3), max_size=25
+)
+
+
+@given(BATCHES, st.sampled_from([0.0, 0.9, 0.999]), st.sampled_from([0.5, 1.5]))
+def test_the_guard_restarts_after_a_run_on_one_side(
+    batches: list[list[float]], decay: float, width: float
+) -> None:
+    """Against a plain loop: the restarted EMA is that of the cutoffs since then, nothing older."""
+    ema = ThresholdEMA(3, decay)
+    seen: list[list[float]] = [[], [], []]
+    runs = [0, 0, 0]
+    for cutoffs in batches:
+        before = ema.value.tolist()
+        batch = torch.tensor(cutoffs)
+        restart = ema.propose(batch, band=(batch - width, batch + width))
+        ema.commit()
+        assert restart is not None
+        for e, cutoff in enumerate(cutoffs):
+            side = (before[e] < cutoff - width) - (before[e] > cutoff + width) if seen[e] else 0
+            runs[e] = side if runs[e] * side <= 0 else runs[e] + side
+            expected = abs(runs[e]) == PATIENCE
+            assert restart[e].item() == expected
+            if expected:
+                runs[e], seen[e] = 0, []
+            seen[e].append(cutoff)
+            fresh = ThresholdEMA(1, decay)
+            for value in seen[e]:
+                fresh.update(torch.tensor([value]))
+            assert ema.value[e].item() == pytest.approx(fresh.value.item(), rel=1e-6, abs=1e-6)
+        assert ema.violations.tolist() == runs
+
+
+def test_a_guard_that_never_acts_changes_nothing() -> None:
+    plain, guarded = ThresholdEMA(4, 0.9), ThresholdEMA(4, 0.9)
+    for batch in torch.randn(40, 4):
+        plain.update(batch)
+        guarded.propose(batch, band=(torch.full((4,), -torch.inf), torch.full((4,), torch.inf)))
+        guarded.commit()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(guarded.state_dict()[name], value)
+
+
+def test_a_discarded_or_invalid_batch_is_no_violation() -> None:
+    ema = ThresholdEMA(1, 0.9)
+    ema.update(torch.tensor([0.0]))
+    far = torch.tensor([9.0])
+    for _ in range(2 * PATIENCE):
+        ema.propose(far, band=(far, far))
+        ema.discard()
+        restart = ema.propose(far, band=(far, far), valid=torch.tensor([False]))
+        ema.commit()
+        assert not restart
+    assert (ema.value.item(), ema.violations.item(), ema.num_updates.item()) == (0.0, 0, 1)
 
 
 def test_an_invalid_batch_changes_neither_value_nor_count() -> None:

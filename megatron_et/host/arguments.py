@@ -64,9 +64,21 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConf
         f"--moe-router-type {et.router_type}: target mean fan-out {args.moe_router_topk} of "
         f"{args.num_experts} experts "
         f"(rate {args.moe_router_topk / args.num_experts:.4f}), warm-up {et.warmup_steps} global batches, "
-        f"EMA decay {et.ema_decay}{needed}"
+        f"EMA decay {et.ema_decay}{'' if et.guard is None else f', guard {et.guard}'}{needed}"
     )
     return et
+
+
+def endless_warmup(args: argparse.Namespace, et: ExpertThresholdConfig) -> str | None:
+    """A sentence for a run that ends before its thresholds ever route alone; None when they do."""
+    before = et.warmup_steps + et.warmup_anneal_steps
+    if et.router_type == "expert-choice" or args.train_iters is None or before < args.train_iters:
+        return None
+    return (
+        f"warm-up and annealing take {before} global batches (--moe-et-warmup-steps, "
+        f"--moe-et-warmup-anneal-steps), and the run ends after {args.train_iters}: thresholds will only "
+        "evaluate"
+    )
 
 
 def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
@@ -147,6 +159,8 @@ def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(args, *rest, **kwargs)
         if et.active:
             _exit_on_config_error(check_pool, args, et)
+            if (sentence := endless_warmup(args, et)) is not None:
+                say(sentence)
         return result
 
     return validate_args

@@ -46,7 +46,9 @@ def log_batch(iteration: int) -> None:
     if not et.active:
         return
     to_console = iteration % args.log_interval == 0
-    to_writers = iteration % (args.tensorboard_log_interval or args.log_interval) == 0
+    # Pipeline stages are joined for it: every rank must decide the same, and only one holds the writers.
+    writes = bool(args.tensorboard_dir or getattr(args, "wandb_project", None))
+    to_writers = writes and iteration % (args.tensorboard_log_interval or args.log_interval) == 0
     if not (to_console or to_writers):
         return
     layers = gather_layers(args)

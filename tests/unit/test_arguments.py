@@ -23,6 +23,7 @@ from megatron_et.host import arguments
 from megatron_et.host.arguments import (
     add_arguments,
     check_pool,
+    endless_warmup,
     explicit_names,
     mend_help,
     prepare,
@@ -286,6 +287,27 @@ def test_yaml_beside_our_flags_is_refused(yaml: str) -> None:
     refuse_yaml(f"{yaml} --num-experts 8 --moe-router-topk 2".split())
 
 
+# --- the warm-up ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "endless"),
+    [
+        ("--train-iters 100 --moe-et-warmup-steps 100", True),
+        ("--train-iters 101 --moe-et-warmup-steps 100", False),
+        ("--train-iters 101 --moe-et-warmup-steps 100 --moe-et-warmup-anneal-steps 1", True),
+        ("--train-iters 100", True),  # the default of 4,000
+        ("--train-samples 100", False),  # how many steps these are is not known yet
+        ("--train-iters 100 --moe-router-type expert-choice", False),
+    ],
+)
+def test_a_warmup_that_never_ends_is_said(flags: str, endless: bool) -> None:
+    args = parse(f"{ET} {flags}")
+    sentence = endless_warmup(args, ExpertThresholdConfig.from_args(args))
+    assert (sentence is not None) == endless
+    assert sentence is None or "the run ends after 10" in sentence
+
+
 # --- the routing pool ---
 
 SP = "--sequence-parallel"
@@ -541,7 +563,7 @@ print("ANSWERS" + json.dumps(answers))
 """
 
 LINES = {
-    "good": "--moe-router-type expert-threshold",
+    "good": "--moe-router-type expert-threshold --moe-et-warmup-steps 1",
     "refused": "--moe-router-type=expert-threshold --moe-router-pre-softmax",
     "refused, rank 1": "--moe-router-type=expert-threshold --moe-router-pre-softmax",
     "orphan": "--moe-et-ema-decay=0.9",

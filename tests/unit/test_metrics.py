@@ -328,7 +328,7 @@ class Due:
         self.logging = logging
         args: dict[str, Any] = {"log_interval": 4, "tensorboard_log_interval": 6, "rank": 1, "world_size": 2}
         args |= {"moe_router_type": "expert-threshold", "moe_et_trace_dir": str(folder)}
-        args |= {"moe_router_topk": 1, "num_experts": 2}
+        args |= {"moe_router_topk": 1, "num_experts": 2, "tensorboard_dir": "tb"}
         monkeypatch.setattr(global_vars, "get_args", lambda: argparse.Namespace(**(args | settings)))
         monkeypatch.setattr(logging, "gather_layers", self._gather)
         monkeypatch.setattr(logging, "_write_scalars", lambda step, *_: self.written.append(step))
@@ -369,6 +369,18 @@ def test_every_rank_gathers_and_only_the_last_writes(
     assert (traced(tmp_path), due.written, capsys.readouterr().out) == ([], [], "")
 
 
+def test_nothing_is_gathered_for_writers_that_are_not_there(
+    one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else every step would join the pipeline stages, by default, for nobody."""
+    due = Due(one_process, monkeypatch, tmp_path, tensorboard_dir=None, wandb_project="")
+    due.steps(12)
+    assert (due.gathered, due.written) == (3, [])  # 4, 8, 12: the console
+    due = Due(one_process, monkeypatch, tmp_path, tensorboard_dir=None, wandb_project="mine")
+    due.steps(12)
+    assert due.written == [6, 12]
+
+
 def test_topk_logs_nothing(
     one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -385,6 +397,10 @@ def test_the_console_line_bears_a_batch_without_thresholds() -> None:
     assert "iteration        3 | phase warmup |" in line
     assert "|cutoff - threshold| nan" in line
     assert line.endswith("dead experts 1")
+    restarted = on_host(record([[True, False]], experts=2, restarted=2)).metrics()
+    assert console_line(3, overall({1: restarted}), "threshold").endswith(
+        "guard: EMA of 2 experts starts again"
+    )
 
 
 # --- the trace ---

@@ -116,14 +116,17 @@ class HistogramQuantile:
     def band(
         self, integers: torch.Tensor, num_tokens: torch.Tensor, centers_E: torch.Tensor, share: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits between which a threshold gives its expert (1 -+ share) k tokens of the whole batch.
+        """Logits between which a threshold gives its expert from (1-share)k to (1+share)k of the tokens.
 
         Returns:
-            (lower, upper): the (1+share)k-th and the (1-share)k-th largest, each [experts] fp64.
+            (lower, upper): the one after the (1+share)k-th largest, since a threshold above it gives no more
+            than that, and the (1-share)k-th largest, each [experts] fp64; -inf where that many tokens are
+            more than there are, +inf where none are too few.
         """
         pool = self._pool(integers, centers_E)
         fewest, most = capacity_loads(expected_load(num_tokens, self.topk, self.num_experts), share)
-        return pool.kth_largest(most), pool.kth_largest(fewest)
+        lower_E = pool.kth_largest(most + 1)
+        return torch.where(num_tokens > most, lower_E, -torch.inf), pool.kth_largest(fewest)
 
     def _pool(self, integers: torch.Tensor, centers_E: torch.Tensor) -> Histogram:
         pool = Histogram(self.num_experts, self._histogram.bins, centers=centers_E)

@@ -56,7 +56,7 @@ class BatchRecord:
     phase: str
     """warmup, anneal or threshold."""
     restarted: torch.Tensor
-    """[1] int64, experts whose EMA the guard starts again after this batch."""
+    """[1] int64, experts whose EMA the guard started again in the batches before (threshold.RECENT)."""
 
 
 class RouterStatistics:

@@ -82,14 +82,14 @@ def finish_reduction(pending: PendingReduction | None) -> None:
             if guard is None
             else router.statistics.band(integers, counts.tokens, thresholds.last_cutoff, guard)
         )
-        restart_E = thresholds.propose(cutoffs_E, valid=valid, band=band)
+        thresholds.propose(cutoffs_E, valid=valid, band=band)
         nonfinite.append(counts.nonfinite)
         router.last_batch = BatchRecord(
             counts=counts,
             thresholds_E=thresholds.value.where(thresholds.num_updates > 0, torch.nan),
             cutoffs_E=cutoffs_E.where(valid, torch.nan),
             phase=router.et_config.phase(router.num_committed_batches),
-            restarted=torch.zeros_like(counts.tokens) if restart_E is None else restart_E.sum().reshape(1),
+            restarted=thresholds.recently_restarted(),
         )
     _NONFINITE.send(pending.routers, torch.cat(nonfinite))
 

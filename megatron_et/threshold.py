@@ -13,6 +13,8 @@ import torch
 PATIENCE = 3
 """Batches in a row, on the same side of the guard's band, after which an expert's EMA starts again: fewer
 would follow a batch that is odd by itself (benchmarks/quantile_error.py)."""
+RECENT = 100
+"""Batches for which a restart is reported: a single one would fall between two log lines."""
 
 
 class ThresholdEMA(torch.nn.Module):
@@ -76,7 +78,7 @@ class ThresholdEMA(torch.nn.Module):
         *,
         valid: torch.Tensor | None = None,
         band: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor | None:
+    ) -> None:
         """Compute the next thresholds without using them; a second call replaces the first one's candidate.
 
         Args:
@@ -84,23 +86,19 @@ class ThresholdEMA(torch.nn.Module):
             valid: one bool; False (no token in the whole batch) leaves thresholds and their count as they
                 are.
             band: the guard's (lower, upper), each [E]: the batch's (1+G)k-th and (1-G)k-th largest logits. A
-                threshold outside had too much or too little load. None without a guard.
-
-        Returns:
-            [E] bool, experts whose EMA starts again; None without a guard.
+                threshold outside had too much or too little load. None without a guard, which also ends runs
+                of violations.
         """
         updates = self.num_updates + 1
-        restarted_at, violations, restart = self.restarted_at, self.violations, None
+        restarted_at, violations = self.restarted_at, torch.zeros_like(self.violations)
         if band is not None:
             outside = (self.value < band[0]).long() - (self.value > band[1]).long()
             # Zeros before the first update are no thresholds yet.
             outside *= self.num_updates > 0
             # A run that changes side is a new run.
-            continued = (violations + outside) * outside.abs()
-            violations = torch.where(violations * outside < 0, outside, continued)
+            continued = (self.violations + outside) * outside.abs()
+            violations = torch.where(self.violations * outside < 0, outside, continued)
             restart = violations.abs() >= PATIENCE
-            if valid is not None:
-                restart &= valid
             violations = violations.masked_fill(restart, 0)
             restarted_at = torch.where(restart, self.num_updates, restarted_at)
         log_decay = math.log(self.decay) if self.decay > 0.0 else -math.inf
@@ -119,7 +117,6 @@ class ThresholdEMA(torch.nn.Module):
                 name: torch.where(valid, new, self.get_buffer(name)) for name, new in candidate.items()
             }
         self._candidate = candidate
-        return restart
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -130,6 +127,11 @@ class ThresholdEMA(torch.nn.Module):
         for name, new in self._candidate.items():
             self.get_buffer(name).copy_(new)
         self._candidate = None
+
+    def recently_restarted(self) -> torch.Tensor:
+        """[1] int64: experts whose EMA the guard started again within the last RECENT committed batches."""
+        recent_E = (self.restarted_at > 0) & (self.num_updates - self.restarted_at <= RECENT)
+        return recent_E.sum().reshape(1)
 
     def discard(self) -> None:
         """Drop the candidate, if there is one (a skipped, rerun or overflowed step leaves no trace)."""

@@ -27,12 +27,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for knob in fields(ExpertThresholdConfig):
         group.add_argument(
             flag_of(knob.name),
-            type=scalar_type(knob.name),
+            type=_parser_of(knob.name),
             default=knob.default,
             choices=choices(knob.name) or None,
             help=f"{knob.metadata['help']} (default: {knob.default})".replace("%", "%%"),
         )
     return parser
+
+
+def _parser_of(name: str) -> Callable[[str], Any]:
+    """What argparse calls on a value. An optional number also takes `none`, so that a setting that came with
+    --use-checkpoint-args or from a script's defaults can be switched off."""
+    scalar = scalar_type(name)
+    if scalar is str or knob_default(name) is not None:
+        return scalar
+
+    def parse(text: str) -> Any:
+        return None if text == "none" else scalar(text)
+
+    parse.__name__ = scalar.__name__  # what argparse calls a value that does not parse
+    return parse
+
+
+def knob_default(name: str) -> Any:
+    """Default of a setting."""
+    return next(knob.default for knob in fields(ExpertThresholdConfig) if knob.name == name)
 
 
 def explicit_names(argv: list[str]) -> set[str]:
@@ -74,10 +93,15 @@ def endless_warmup(args: argparse.Namespace, et: ExpertThresholdConfig) -> str |
     before = et.warmup_steps + et.warmup_anneal_steps
     if et.router_type == "expert-choice" or args.train_iters is None or before < args.train_iters:
         return None
+    if et.warmup_steps < args.train_iters:
+        return (
+            f"warm-up and annealing take {before} global batches (--moe-et-warmup-steps, "
+            f"--moe-et-warmup-anneal-steps), the run ends after {args.train_iters}: a capacity bound stays "
+            "in force to its end"
+        )
     return (
-        f"warm-up and annealing take {before} global batches (--moe-et-warmup-steps, "
-        f"--moe-et-warmup-anneal-steps), and the run ends after {args.train_iters}: thresholds will only "
-        "evaluate"
+        f"the warm-up takes {et.warmup_steps} global batches (--moe-et-warmup-steps), the run ends after "
+        f"{args.train_iters}: it will be trained by Expert Choice, thresholds will only evaluate"
     )
 
 
@@ -181,6 +205,8 @@ def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set
     them."""
     # A router that refuses them was asked for instead of the checkpoint's: its capacity does not come along.
     useless = {"capacity_factor", "warmup_anneal_steps"} if args.moe_router_type == "expert-choice" else set()
+    if "moe_et_quantile" in explicit and args.moe_et_quantile == "kth-largest":
+        useless.add("guard")  # likewise: it needs the histogram
     for knob in fields(ExpertThresholdConfig):
         name = dest_of(knob.name)
         if knob.name not in {"trace_dir", *useless} and name not in explicit and hasattr(saved, name):

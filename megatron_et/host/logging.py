@@ -92,7 +92,7 @@ def gather_layers(args: Any) -> dict[int, LayerBatch]:
 def console_line(iteration: int, summary: Mapping[str, float], phase: str) -> str:
     """One line for people, beside Megatron's own."""
     restarted = int(summary["restarted_experts"])
-    guard = f" | guard: EMA of {restarted} experts starts again" if restarted else ""
+    guard = f" | guard: EMA of {restarted} experts started again of late" if restarted else ""
     return (
         f" [megatron_et] iteration {iteration:8d} | phase {phase} | fan-out mean "
         f"{summary['fanout_mean']:.3f} "

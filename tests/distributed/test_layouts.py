@@ -155,6 +155,6 @@ def test_losses_agree(layout: str, straight: Straight, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dp2", "ep2-allgather", "tp2", "pp2-vpp2", "ep4", "ep2-tp2"])
-def test_losses_of_topk_agree_no_closer(layout: str, straight: Straight, tmp_path: Path) -> None:
+def test_losses_of_topk_agree_too(layout: str, straight: Straight, tmp_path: Path) -> None:
     """The yardstick: Megatron's own top-k through the same layouts, held to the same tolerance."""
     losses_agree("topk", layout, straight, tmp_path)

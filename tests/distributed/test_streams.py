@@ -205,7 +205,7 @@ def test_the_guard_brings_loads_back_after_a_jump(tmp_path: Path) -> None:
     assert all(load_error(guarded, step) < 0.25 for step in after)
     assert all(load_error(free, step) > 0.8 for step in after)
     assert "guard: EMA of " in guarded.output
-    assert "guard" not in free.output.split("iteration        1/")[1]
+    assert "guard: EMA of" not in free.output
     split = shifted(f"--moe-et-guard 0.5 {EP2} --micro-batch-size 1", 2, "split")
     for step in range(4, 15):
         for layer in MOE_LAYERS:

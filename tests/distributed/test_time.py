@@ -76,6 +76,7 @@ def test_the_rerun_state_machine_leaves_no_trace(straight: tuple[Run, Path], tmp
     assert sorted(left.trace) == list(range(1, done + 1))
     saved = checkpoint_tensors(tmp_path, int((tmp_path / "latest_checkpointed_iteration.txt").read_text()))
     counters = [v for k, v in saved.items() if k.endswith(("committed_batches", "num_updates"))]
+    assert len(counters) == 2 * len(MOE_LAYERS)
     resumed = pretrain(f"{QUIET} --load {tmp_path} --save {tmp_path} --rerun-mode disabled", folder=tmp_path)
     first = min(resumed.loss)
     assert all(value.tolist() == [first - 1] for value in counters)

@@ -293,19 +293,44 @@ def test_yaml_beside_our_flags_is_refused(yaml: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "endless"),
     [
-        ("--train-iters 100 --moe-et-warmup-steps 100", True),
-        ("--train-iters 101 --moe-et-warmup-steps 100", False),
-        ("--train-iters 101 --moe-et-warmup-steps 100 --moe-et-warmup-anneal-steps 1", True),
-        ("--train-iters 100", True),  # the default of 4,000
-        ("--train-samples 100", False),  # how many steps these are is not known yet
-        ("--train-iters 100 --moe-router-type expert-choice", False),
+        ("--train-iters 100 --moe-et-warmup-steps 100", "trained by Expert Choice"),
+        ("--train-iters 101 --moe-et-warmup-steps 100", None),
+        (
+            "--train-iters 101 --moe-et-warmup-steps 100 --moe-et-warmup-anneal-steps 1",
+            "a capacity bound stays",
+        ),
+        ("--train-iters 100", "trained by Expert Choice"),  # the default of 4,000
+        ("--train-samples 100", None),  # how many steps these are is not known yet
+        ("--train-iters 100 --moe-router-type expert-choice", None),
     ],
 )
-def test_a_warmup_that_never_ends_is_said(flags: str, endless: bool) -> None:
+def test_a_warmup_that_never_ends_is_said(flags: str, endless: str | None) -> None:
     args = parse(f"{ET} {flags}")
     sentence = endless_warmup(args, ExpertThresholdConfig.from_args(args))
-    assert (sentence is not None) == endless
-    assert sentence is None or "the run ends after 10" in sentence
+    assert (sentence is None) == (endless is None)
+    if endless is not None:
+        assert sentence is not None
+        assert endless in sentence
+        assert "the run ends after 10" in sentence
+
+
+def test_optional_numbers_can_be_switched_off() -> None:
+    line = f"{ET} --moe-et-guard none --moe-et-capacity-factor none --moe-et-max-fanout none"
+    et = ExpertThresholdConfig.from_args(parse(line))
+    assert (et.guard, et.capacity_factor, et.max_fanout) == (None, None, None)
+    assert ExpertThresholdConfig.from_args(parse(f"{ET} --moe-et-guard 0.5")).guard == 0.5
+
+
+def test_a_checkpoints_guard_stays_behind_where_it_cannot_work() -> None:
+    saved = parse(f"{ET} --moe-et-guard 0.5")
+    for line, guard in (
+        (ET, 0.5),
+        (f"{ET} --moe-et-quantile kth-largest", None),
+        (f"{ET} --moe-et-guard none", None),
+    ):
+        args = parse(line)
+        take_over(args, saved, explicit_names(line.split()))
+        assert ExpertThresholdConfig.from_args(args).guard == guard
 
 
 # --- the routing pool ---

@@ -399,7 +399,7 @@ def test_the_console_line_bears_a_batch_without_thresholds() -> None:
     assert line.endswith("dead experts 1")
     restarted = on_host(record([[True, False]], experts=2, restarted=2)).metrics()
     assert console_line(3, overall({1: restarted}), "threshold").endswith(
-        "guard: EMA of 2 experts starts again"
+        "EMA of 2 experts started again of late"
     )
 
 

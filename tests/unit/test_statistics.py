@@ -394,6 +394,20 @@ def test_the_guards_band_is_where_loads_leave_it(share: float) -> None:
     assert ((fewest - max(1 - share, 0.0) * k).abs() <= 0.03 * k).all()
 
 
+def test_the_guards_band_at_its_ends() -> None:
+    """A load of exactly (1+share)k is inside; more tokens than there are is no bound."""
+    logits = torch.tensor([[4.0], [3.0], [2.0], [1.0]]).expand(-1, 4).contiguous()
+    statistics = RouterStatistics(4, 1)
+    statistics.add(logits, logits >= 0, thresholds_at(torch.zeros(4)))
+    counts, centers = statistics.integers(), torch.zeros(4)
+    lower, upper = statistics.band(counts, torch.tensor([4]), centers, 1.0)  # k = 1: from 0 to 2 tokens
+    assert (lower < 2.1).all()
+    assert (lower > 1.8).all()
+    assert upper.isposinf().all()
+    lower, _ = statistics.band(counts, torch.tensor([4]), centers, 3.0)  # 4 of 4 tokens
+    assert lower.isneginf().all()
+
+
 def test_the_histogram_is_finest_at_the_last_cutoffs() -> None:
     """Centred there, not on the thresholds that route, which may lag far behind."""
     logits = 5.0 + 0.01 * torch.randn(512, 4)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_et.threshold import PATIENCE, ThresholdEMA
+from megatron_et.threshold import PATIENCE, RECENT, ThresholdEMA
 
 
 @given(st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.99999]), st.integers(1, 60), st.integers(0, 2**31))
@@ -71,14 +71,14 @@ def test_the_guard_restarts_after_a_run_on_one_side(
     for cutoffs in batches:
         before = ema.value.tolist()
         batch = torch.tensor(cutoffs)
-        restart = ema.propose(batch, band=(batch - width, batch + width))
+        n = ema.num_updates.item()
+        ema.propose(batch, band=(batch - width, batch + width))
         ema.commit()
-        assert restart is not None
         for e, cutoff in enumerate(cutoffs):
             side = (before[e] < cutoff - width) - (before[e] > cutoff + width) if seen[e] else 0
             runs[e] = side if runs[e] * side <= 0 else runs[e] + side
             expected = abs(runs[e]) == PATIENCE
-            assert restart[e].item() == expected
+            assert (n > 0 and ema.restarted_at[e].item() == n) == expected
             if expected:
                 runs[e], seen[e] = 0, []
             seen[e].append(cutoff)
@@ -106,10 +106,39 @@ def test_a_discarded_or_invalid_batch_is_no_violation() -> None:
     for _ in range(2 * PATIENCE):
         ema.propose(far, band=(far, far))
         ema.discard()
-        restart = ema.propose(far, band=(far, far), valid=torch.tensor([False]))
+        ema.propose(far, band=(far, far), valid=torch.tensor([False]))
         ema.commit()
-        assert not restart
+    assert not ema.restarted_at
     assert (ema.value.item(), ema.violations.item(), ema.num_updates.item()) == (0.0, 0, 1)
+
+
+def test_batches_without_the_guard_end_a_run_of_violations() -> None:
+    """A run resumed without the flag and later with it has not seen three batches in a row."""
+    ema, far = ThresholdEMA(1, 0.9), torch.tensor([9.0])
+    ema.update(torch.tensor([0.0]))
+    for _ in range(PATIENCE - 1):
+        ema.propose(far, band=(far, far))
+        ema.commit()
+    assert ema.violations.item() == 1 - PATIENCE or ema.violations.item() == PATIENCE - 1
+    ema.update(far)
+    ema.propose(far, band=(far, far))
+    ema.commit()
+    assert not ema.restarted_at
+    assert abs(ema.violations.item()) == 1
+
+
+def test_a_restart_is_reported_for_a_while() -> None:
+    ema, far = ThresholdEMA(2, 0.9), torch.tensor([9.0, 0.0])
+    ema.update(torch.zeros(2))
+    assert ema.recently_restarted().tolist() == [0]
+    for _ in range(PATIENCE):
+        ema.propose(far, band=(far, far))
+        ema.commit()
+    for _ in range(RECENT - 1):
+        assert ema.recently_restarted().tolist() == [1]
+        ema.update(far)
+    ema.update(far)
+    assert ema.recently_restarted().tolist() == [0]
 
 
 def test_an_invalid_batch_changes_neither_value_nor_count() -> None:

@@ -39,24 +39,17 @@ from faults.comparison import (
 from faults.kinds import ENDS_WELL, FINISH, KINDS, Pace, Steps, flags, make_plan, step_line
 from faults.life import ROOT, EndedEarly, Life
 from faults.report import Row, make_console, print_row, summary, write_report
+from small_gpt import SMALL_GPT
 
 SAVE_INTERVAL = 3
 ENDING = 120  # seconds; what does not end is killed by torchrun itself after 30
 LEAVING = 5  # seconds that other processes may take to end after torchrun
 
-MODEL = """
-    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --swiglu
-    --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
-    --seq-length 64 --max-position-embeddings 64
-    --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 128
-    --num-experts 8 --moe-router-topk 2 --moe-layer-freq [0,1,1,1] --moe-token-dispatcher-type alltoall
-    --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 48
-    --moe-router-type expert-threshold --moe-et-ema-decay 0.9
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --split 90,5,5
-    --micro-batch-size 2 --global-batch-size 8 --use-distributed-optimizer
-    --lr 2e-3 --lr-decay-style constant --lr-decay-iters 100 --override-opt-param-scheduler
-    --log-interval 1 --eval-interval 7 --eval-iters 1
-"""
+MODEL = [
+    *SMALL_GPT,
+    *("--moe-router-type", "expert-threshold", "--moe-et-ema-decay", "0.9"),
+    *("--eval-interval", "7", "--eval-iters", "1"),
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Settings:
     def command(self, folder: Path, *extra: str) -> list[str]:
         """Arguments of torchrun for a run that lives in `folder`."""
         return [
-            *("-m", "megatron_et.pretrain_gpt", *MODEL.split()),
+            *("-m", "megatron_et.pretrain_gpt", *MODEL),
             *("--expert-model-parallel-size", str(self.steps.processes)),
             *("--train-iters", str(self.steps.total), "--moe-et-warmup-steps", str(self.steps.warmup)),
             *("--save-interval", str(self.steps.save), "--moe-et-trace-dir", str(folder)),

@@ -11,18 +11,16 @@ Dimension letters: S steps.
 
 import argparse
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from fault_injection import MODEL
-from faults.life import ROOT
+from faults.life import ROOT, Life
 from faults.report import environment
 
 SETTLED, END, WARMUP, TOKENS = 60, 100, 30, 32 * 64
+LIMIT = 600  # seconds for a run of some 15
 CALM, SPIKE = "1e-3", "3e-2"
 BAD = 0.25
 """Mean |load error| from which on a step counts as off target; its noise here is about 0.05."""
@@ -30,16 +28,13 @@ BAD = 0.25
 
 def train(folder: Path, *flags: str) -> str:
     """One run to its end; its output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "megatron_et.pretrain_gpt"]
-    command += [*MODEL.split(), "--expert-model-parallel-size", "2", "--micro-batch-size", "4"]
-    command += ["--global-batch-size", "32", "--eval-iters", "0", "--save-interval", str(END)]
-    command += ["--moe-et-warmup-steps", str(WARMUP), "--moe-et-trace-dir", str(folder), *flags]
-    env = {**os.environ, "MEGATRON_ET_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"guard_on_a_run: a run failed:\n{(done.stdout + done.stderr)[-5000:]}")
-    return done.stdout
+    command = ["-m", "megatron_et.pretrain_gpt", *MODEL, "--expert-model-parallel-size", "2"]
+    command += ["--micro-batch-size", "4", "--global-batch-size", "32", "--eval-iters", "0"]
+    command += ["--save-interval", str(END), "--moe-et-warmup-steps", str(WARMUP)]
+    with Life([*command, "--moe-et-trace-dir", str(folder), *flags], 2, folder / "log") as life:
+        if life.wait(LIMIT) != 0:
+            raise SystemExit(f"guard_on_a_run: a run failed or took {LIMIT} s:\n{life.output[-5000:]}")
+        return life.output
 
 
 def load_errors(folder: Path) -> dict[int, list[float]]:

@@ -4,7 +4,7 @@ compatibility.py."""
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any
 
 from megatron_et import compatibility
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for knob in fields(ExpertThresholdConfig):
         group.add_argument(
             flag_of(knob.name),
-            type=_parser_of(knob.name),
+            type=_parser_of(knob),
             default=knob.default,
             choices=choices(knob.name) or None,
             help=f"{knob.metadata['help']} (default: {knob.default})".replace("%", "%%"),
@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _parser_of(name: str) -> Callable[[str], Any]:
+def _parser_of(knob: Field[Any]) -> Callable[[str], Any]:
     """What argparse calls on a value. An optional number also takes `none`, so that a setting that came with
     --use-checkpoint-args or from a script's defaults can be switched off."""
-    scalar = scalar_type(name)
-    if scalar is str or knob_default(name) is not None:
+    scalar = scalar_type(knob.name)
+    if scalar is str or knob.default is not None:
         return scalar
 
     def parse(text: str) -> Any:
@@ -47,11 +47,6 @@ def _parser_of(name: str) -> Callable[[str], Any]:
 
     parse.__name__ = scalar.__name__  # what argparse calls a value that does not parse
     return parse
-
-
-def knob_default(name: str) -> Any:
-    """Default of a setting."""
-    return next(knob.default for knob in fields(ExpertThresholdConfig) if knob.name == name)
 
 
 def explicit_names(argv: list[str]) -> set[str]:

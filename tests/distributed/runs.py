@@ -11,22 +11,14 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from benchmarks.small_gpt import SMALL_GPT
 from megatron_et.threshold import ThresholdEMA
 from tests.launch import TAIL, torchrun, words
 
-# A GPT with a dense first layer and three MoE layers; Megatron's default dropout stays on.
-GPT_ARGS = words("""
-    --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 --swiglu
-    --disable-bias-linear --normalization RMSNorm --position-embedding-type rope
-    --seq-length 64 --max-position-embeddings 64
-    --untie-embeddings-and-output-weights --make-vocab-size-divisible-by 128
-    --num-experts 8 --moe-router-topk 2 --moe-layer-freq [0,1,1,1] --moe-token-dispatcher-type alltoall
-    --moe-ffn-hidden-size 48 --moe-shared-expert-intermediate-size 48
-    --mock-data --tokenizer-type NullTokenizer --vocab-size 128 --split 90,5,5
-    --micro-batch-size 2 --global-batch-size 8 --use-distributed-optimizer
-    --lr 2e-3 --lr-decay-style constant --lr-decay-iters 100 --override-opt-param-scheduler
-    --save-interval 100 --log-interval 1 --eval-interval 4 --eval-iters 1 --tensorboard-log-interval 1
-""")
+GPT_ARGS = [
+    *SMALL_GPT,
+    *words("--save-interval 100 --eval-interval 4 --eval-iters 1 --tensorboard-log-interval 1"),
+]
 ET_ARGS = words("--moe-router-type expert-threshold --moe-et-warmup-steps 4 --moe-et-ema-decay 0.9")
 MOE_LAYERS = ["2", "3", "4"]
 
@@ -107,3 +99,10 @@ def assert_thresholds_replay(run: Run, *, decay: float = 0.9) -> None:
         for n, record in enumerate(records):
             assert record["threshold"] == (ema.value.tolist() if n else [None] * len(record["cutoff"]))
             ema.update(torch.tensor(record["cutoff"], dtype=torch.float64))
+
+
+def router_counters(tensors: dict[str, torch.Tensor]) -> set[int]:
+    """The distinct values of both counters of all routers in a checkpoint."""
+    values = [v.item() for k, v in tensors.items() if k.endswith(("committed_batches", "num_updates"))]
+    assert len(values) == 2 * len(MOE_LAYERS)
+    return {int(value) for value in values}

@@ -397,7 +397,15 @@ def _repair_schedules(schedules: Any) -> None:
     schedules.forward_backward_pipelining_with_interleaving = interleaving
 
 
+def _repair_gating(moe_utils: Any) -> None:
+    """core/transformer/moe/moe_utils.py of 0.16 reads a name that it imports from Transformer Engine alone;
+    None, as later versions have it, means plain torch."""
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 _REPAIRS: dict[str, Callable[[Any], None]] = {
+    "megatron.core.transformer.moe.moe_utils": _repair_gating,
     "megatron.core.datasets.utils": wheel.repair,
     "megatron.core.transformer.torch_norm": _repair_norm,
     "megatron.core.optimizer.distrib_optimizer": _repair_distributed_optimizer,

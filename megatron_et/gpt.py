@@ -12,19 +12,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.transformer.multi_token_prediction import get_mtp_ranks, mtp_on_this_rank
-from megatron.core.utils import (
-    get_attr_wrapped_model,
-    get_batch_on_this_cp_rank,
-    get_batch_on_this_tp_rank,
-)
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_et.gpt_versions import batch_of_this_rank, has_mtp, start
 
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
@@ -40,19 +36,14 @@ ELSEWHERE = {
 
 def pretrain_gpt() -> None:
     """Parse Megatron's flags from sys.argv and pretrain."""
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    _refuse_elsewhere(args)
-    _require_data(args)
     # Every rank asks for the datasets; the builder decides who reads which file.
     train_valid_test_datasets.is_distributed = True  # type: ignore[attr-defined]
-    container = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(
-        container,
-        train_valid_test_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        get_embedding_ranks=embedding_ranks,
-    )
+    start(train_valid_test_datasets, forward_step, embedding_ranks, _check)
+
+
+def _check(args: argparse.Namespace) -> None:
+    _refuse_elsewhere(args)
+    _require_data(args)
 
 
 def _refuse_elsewhere(args: argparse.Namespace) -> None:
@@ -146,19 +137,9 @@ def train_valid_test_datasets(num_samples: tuple[int, int, int], vp_stage: int |
     return builder.build()
 
 
-def _has_mtp(vp_stage: int | None) -> bool:
-    config = core_transformer_config_from_args(get_args())
-    return mtp_on_this_rank(
-        layout=config.pipeline_model_parallel_layout,
-        mtp_num_layers=config.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
-
-
 def _needs_batch(vp_stage: int | None) -> bool:
     """Whether this stage embeds tokens or computes a loss."""
-    return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(vp_stage)
+    return is_first_or_last_pipeline_stage(vp_stage) or has_mtp(vp_stage)
 
 
 def _builds_dataset(vp_stage: int | None = None) -> bool:
@@ -182,39 +163,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, vp_stage: int | No
     per field."""
     if not _needs_batch(vp_stage):
         return dict.fromkeys(FIELDS)
-    args = get_args()
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    batch: dict[str, Any] = {}
-    if tp_rank == 0:
-        assert data_iterator is not None, (
-            "tensor-parallel rank 0 of a stage that needs data has no data iterator"
-        )
-        loaded = next(data_iterator)
-        batch = {
-            name: value.cuda(non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in loaded.items()
-        }
-        for name in (*FIELDS, "cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size"):
-            batch.setdefault(name, None)
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
-        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=_has_mtp(vp_stage),
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
-        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
-    )
-    batch = get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    batch = batch_of_this_rank(data_iterator, vp_stage, FIELDS)
     return {name: batch.get(name) for name in FIELDS}
 
 

@@ -3,6 +3,7 @@
 Dimension letters: T tokens of this rank's micro-batch, E experts.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
     except (ImportError, AssertionError):
         # No megatron.training, or its arguments were never parsed.
         return ExpertThresholdConfig()
+
+
+def _mtp_keyword(is_mtp_layer: bool) -> dict[str, bool]:
+    """megatron-core 0.16 does not tell a router that it belongs to a multi-token-prediction head: it numbers
+    those layers on from the decoder's."""
+    known = "is_mtp_layer" in inspect.signature(TopKRouter.__init__).parameters
+    return {"is_mtp_layer": is_mtp_layer} if known else {}
 
 
 _THRESHOLD_BUFFERS = tuple(f"thresholds.{name}" for name, _ in ThresholdEMA(1).named_buffers())
@@ -75,7 +83,8 @@ class ExpertThresholdRouter(TopKRouter):
                 "or use Megatron's TopKRouter"
             )
         compatibility.check(config, et_config)
-        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        super().__init__(config=config, pg_collection=pg_collection, **_mtp_keyword(is_mtp_layer))
+        self.is_mtp_layer = is_mtp_layer
         # TopKRouter keeps a copy of the balancing type, taken before `check` could have run elsewhere.
         self.routing_type = config.moe_router_load_balancing_type
         self.et_config = et_config

@@ -5,11 +5,14 @@ reads it from the JUnit report and keeps one row for it in docs/verified.md.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Before any test imports Transformer Engine, which needs the NCCL and cuDNN libraries that torch loads.
 import torch
+
+from tests.gpu.gpu_cases import Outcomes, run_cases
 
 HERE = Path(__file__).parent
 
@@ -28,3 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.user_properties.append(("feature", feature(item)))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What became of all selected cases of a test file; its CASES_OF is the module that has them."""
+    items = [item for item in request.session.items if item.path == request.path]
+    selected: list[Any] = [
+        item.callspec.params["case"] for item in items if isinstance(item, pytest.Function)
+    ]
+    return run_cases(request.module.CASES_OF, selected, tmp_path_factory.mktemp("cases"))

@@ -10,8 +10,8 @@ Dimension letters: T tokens, H hidden size, E experts, F hidden size of an exper
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ TOKENS = SEQUENCE * BATCH
 type Precision = Literal["fp32", "bf16"]
 type Tensors = dict[str, torch.Tensor]
 type Pair = tuple[torch.Tensor, torch.Tensor]
+type Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 TOLERANCE: dict[Precision, float] = {
     # fp32 (test_layer_gpu.py switches TF32 off): 2^-24 a rounding, sums of up to 192 products and 99 tokens.
@@ -47,6 +48,8 @@ class Layout:
     dispatcher: Literal["alltoall", "allgather"]
     permute_fusion: bool = False
     shared_expert_overlap: bool = False
+    router_padding: bool = False
+    """--moe-router-padding-for-quantization"""
 
     @property
     def needs_te(self) -> bool:
@@ -54,10 +57,12 @@ class Layout:
         return self.experts != "local SequentialMLP"
 
     def __str__(self) -> str:
-        extras = [", permute fusion"] * self.permute_fusion + [", shared expert overlap"] * (
-            self.shared_expert_overlap
-        )
-        return f"{self.experts}, {self.dispatcher}{''.join(extras)}"
+        extras = {
+            "permute fusion": self.permute_fusion,
+            "shared expert overlap": self.shared_expert_overlap,
+            "router padding": self.router_padding,
+        }
+        return ", ".join([self.experts, self.dispatcher, *(name for name, on in extras.items() if on)])
 
     @property
     def id(self) -> str:
@@ -99,10 +104,10 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(seed: int, precision: Precision) -> torch.Tensor:
+def inputs(seed: int, precision: Precision, sequence: int = SEQUENCE, batch: int = BATCH) -> torch.Tensor:
     """[sequence, batch, H]."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return normal(seed, SEQUENCE, BATCH, HIDDEN).to(torch.cuda.current_device(), dtype)
+    return normal(seed, sequence, batch, HIDDEN).to(torch.cuda.current_device(), dtype)
 
 
 def moe_layer(
@@ -122,6 +127,7 @@ def moe_layer(
         "moe_token_dispatcher_type": layout.dispatcher, "moe_grouped_gemm": grouped,
         "moe_permute_fusion": layout.permute_fusion,
         "moe_shared_expert_overlap": layout.shared_expert_overlap,
+        "moe_router_padding_for_quantization": layout.router_padding,
         "transformer_impl": "transformer_engine" if layout.needs_te else "local",
         "add_bias_linear": False, "gated_linear_unit": True, "activation_func": torch.nn.functional.silu,
         "bias_activation_fusion": False, "gradient_accumulation_fusion": False,
@@ -162,12 +168,19 @@ def shared_weights(layer: Any) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return layer.shared_experts.linear_fc1.weight, layer.shared_experts.linear_fc2.weight
 
 
-def run_layer(layer: Any, x: torch.Tensor, upstream: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+def run_layer(
+    layer: Any,
+    x: torch.Tensor,
+    upstream: torch.Tensor,
+    forward_context: AbstractContextManager[Any] | None = None,
+) -> tuple[Tensors, torch.Tensor]:
     """Output and all gradients of the layer by name, and the routing map [T, E] that it used."""
     maps: list[torch.Tensor] = []
-    hook = layer.router.register_forward_hook(lambda _module, _inputs, routed: maps.append(routed[1]))
+    # A copy: --moe-router-padding-for-quantization writes into the map.
+    hook = layer.router.register_forward_hook(lambda _module, _inputs, routed: maps.append(routed[1].clone()))
     x = x.clone().requires_grad_()
-    y, bias = layer(x)
+    with forward_context or nullcontext():
+        y, bias = layer(x)
     y.backward(upstream)
     hook.remove()
     assert bias is None
@@ -192,9 +205,15 @@ def gradient(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
-def run_formula(layer: Any, x: torch.Tensor, upstream: torch.Tensor, map_TE: torch.Tensor) -> Tensors:
+def run_formula(
+    layer: Any,
+    x: torch.Tensor,
+    upstream: torch.Tensor,
+    map_TE: torch.Tensor,
+    linear: Linear = torch.nn.functional.linear,
+) -> Tensors:
     """The same from the dense formula in fp64, every expert on every token, by autograd:
-    y = sum_i z * sigmoid(r) * expert_i(x) + shared(x).
+    y = sum_i z * sigmoid(r) * expert_i(x) + shared(x), `linear` for the products with an expert's weights.
 
     The map is given, since a logit within a rounding of its threshold may fall on either side; here it is
     checked that no other logit did.
@@ -209,21 +228,26 @@ def run_formula(layer: Any, x: torch.Tensor, upstream: torch.Tensor, map_TE: tor
     fc1, fc2 = shared_weights(layer)
     shared = (leaf(fc1), leaf(fc2))
 
-    x_TH = x.reshape(TOKENS, HIDDEN)
+    x_TH = x.reshape(-1, HIDDEN)
     logits_TE = x_TH @ router.T
     distance_TE = logits_TE.detach() - layer.router.thresholds.value
     assert torch.equal(map_TE, (distance_TE >= 0).where(distance_TE.abs() > 1e-4, map_TE))
     gates_TE = map_TE * torch.sigmoid(logits_TE)
-    y_TH = mlp(x_TH, *shared) + sum(gates_TE[:, i, None] * mlp(x_TH, *pair) for i, pair in enumerate(experts))
+    y_TH = mlp(x_TH, *shared, None, linear) + sum(
+        mlp(x_TH, *pair, gates_TE[:, i, None], linear) for i, pair in enumerate(experts)
+    )
     y = y_TH.reshape(x.shape)
     y.backward(upstream.double())
     return {"output": y.detach(), "input gradient": gradient(x)} | weight_gradients(router, experts, shared)
 
 
-def mlp(x_TH: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tensor:
-    """Gated SiLU expert."""
-    gate_TF, up_TF = (x_TH @ fc1.T).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate_TF) * up_TF) @ fc2.T
+def mlp(
+    x_TH: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor, gates_T1: torch.Tensor | None, linear: Linear
+) -> torch.Tensor:
+    """Gated SiLU expert; its gates, if it has any, before the second product, as in Megatron."""
+    gate_TF, up_TF = linear(x_TH, fc1).chunk(2, dim=-1)
+    activation_TF = torch.nn.functional.silu(gate_TF) * up_TF
+    return linear(activation_TF if gates_T1 is None else gates_T1 * activation_TF, fc2)
 
 
 def assert_close(actual: Tensors, expected: Tensors, precision: Precision) -> None:
@@ -384,6 +408,8 @@ class Case:
     layout: Layout
     variant: str | None = None
     """The check's other argument, if it has one."""
+    missing: str | None = None
+    """What this machine's GPU lacks for it."""
 
     @property
     def id(self) -> str:
@@ -427,14 +453,14 @@ def usable_gpu() -> bool:
     return True
 
 
-def main(results: Path, names: list[str]) -> None:
+def main(cases: Mapping[str, Case], results: Path, names: Sequence[str]) -> None:
     """Run cases one after the other; stop after one that took the GPU's context down."""
     start()
     for name in names:
         print(f"case {name}", flush=True)
         error = None
         try:
-            CASES[name].run()
+            cases[name].run()
             torch.cuda.synchronize()
         except Exception:
             error = traceback.format_exc()
@@ -447,4 +473,4 @@ def main(results: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(CASES, Path(sys.argv[1]), sys.argv[2:])

@@ -7,9 +7,10 @@ Every run is a new process; on an H100 starting it takes most of its time.
 from pathlib import Path
 
 import pytest
-import torch
 
+from benchmarks.fp8_loss import RECIPES
 from tests.distributed.runs import Run, assert_same_tensors, checkpoint_tensors, pretrain, words
+from tests.gpu.fp8_layers import missing
 from tests.gpu.gpu_launch import GPU_ENV, needs_te
 
 pytestmark = pytest.mark.gpu
@@ -118,32 +119,28 @@ def test_topk_baseline() -> None:
     check_loss(train(FAST + "--moe-router-dtype fp32", et=topk))
 
 
-CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-FP8 = {
-    "delayed": (
-        "--fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 16 --fp8-amax-compute-algo max"
-    ),
-    "tensorwise": "--fp8-format hybrid --fp8-recipe tensorwise",
-    "blockwise": "--fp8-format e4m3 --fp8-recipe blockwise",
-}
-NEEDS = {
-    "delayed": (CAPABILITY < (8, 9), "FP8 needs an Ada, Hopper or newer GPU"),
-    "tensorwise": (CAPABILITY < (8, 9), "FP8 needs an Ada, Hopper or newer GPU"),
-    "blockwise": (CAPABILITY != (9, 0), "blockwise FP8 is native on Hopper only"),
-}
+FP8 = {recipe: flags for recipe, flags in RECIPES.items() if flags}
 
 
 @needs_te
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param(recipe, marks=pytest.mark.skipif(missing, reason=reason))
-        for recipe, (missing, reason) in NEEDS.items()
+        pytest.param(recipe, marks=pytest.mark.skipif(bool(lacks), reason=lacks or ""))
+        for recipe, lacks in ((recipe, missing(recipe)) for recipe in FP8)
     ],
 )
 def test_fp8(recipe: str, tmp_path: Path) -> None:
     """Training: TEGroupedMLP, alltoall, permute fusion, FP8 {recipe}."""
     check_healthy(train(FAST + FP8[recipe], folder=tmp_path))
+
+
+@needs_te
+@pytest.mark.skipif(bool(missing("tensorwise")), reason=missing("tensorwise") or "")
+def test_fp8_parameters(tmp_path: Path) -> None:
+    """Training: FP8 tensorwise with --fp8-param-gather and --first-last-layers-bf16."""
+    flags = f"{FP8['tensorwise']} --fp8-param-gather --first-last-layers-bf16"
+    check_healthy(train(FAST + flags, folder=tmp_path))
 
 
 # In the default mode some kernels (the embedding's gradient, fused attention's) add in any order.

@@ -9,7 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_et import cuda_graphs
 from megatron_et.config import ConfigError, ExpertThresholdConfig
+from megatron_et.fanout import expert_shards, fanout_bound, uses_deepep
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,24 @@ def _weight_shards(settings: Any) -> bool:
     )
 
 
+def _capacity_above_tokens(settings: Any) -> bool:
+    num_experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
+    factor = getattr(settings, "moe_expert_capacity_factor", None)
+    if (
+        num_experts is None
+        or factor is None
+        or not getattr(settings, "moe_pad_expert_input_to_capacity", False)
+    ):
+        return False
+    return factor * settings.moe_router_topk > num_experts
+
+
+def _pads_map(settings: Any) -> bool:
+    return getattr(settings, "moe_router_padding_for_quantization", False) or getattr(
+        settings, "moe_router_padding_for_fp8", False
+    )
+
+
 REFUSALS = (
     Refusal(
         "--moe-aux-loss-coeff",
@@ -120,39 +140,48 @@ REFUSALS = (
         "leave it out",
     ),
     Refusal(
-        "--moe-expert-capacity-factor",
-        lambda s: getattr(s, "moe_expert_capacity_factor", None) not in (None, -1.0),
-        "Megatron's capacity drops tokens of a fixed top-k",
-        "use --moe-et-capacity-factor",
+        "--moe-pad-expert-input-to-capacity with such a capacity",
+        _capacity_above_tokens,
+        "it is above the number of tokens, and a rank cannot fill an expert with more tokens than it has",
+        "lower --moe-expert-capacity-factor to --num-experts / --moe-router-topk or less",
     ),
     Refusal(
-        "--moe-pad-expert-input-to-capacity",
-        _get("moe_pad_expert_input_to_capacity"),
-        "expert loads vary under ET",
-        "leave it out; --moe-et-capacity-factor bounds the load",
+        "--moe-router-padding-for-quantization with --moe-pad-expert-input-to-capacity",
+        lambda s: _pads_map(s) and getattr(s, "moe_pad_expert_input_to_capacity", False),
+        "the dispatcher sends `capacity` tokens of each expert, and padding would displace real ones",
+        "leave --moe-router-padding-for-quantization out: the experts pad their own input",
     ),
     Refusal(
-        "--moe-pad-experts-for-cuda-graph-inference",
-        _get("moe_pad_experts_for_cuda_graph_inference"),
-        "it drops and pads to a capacity of a fixed top-k while decoding",
-        "leave it out",
-    ),
-    Refusal(
-        "--moe-router-padding-for-quantization",
-        lambda s: (
-            getattr(s, "moe_router_padding_for_quantization", False)
-            or getattr(s, "moe_router_padding_for_fp8", False)
-        ),
-        "it adds unselected tokens to the routing map",
+        "--moe-router-padding-for-quantization with DeepEP",
+        lambda s: _pads_map(s) and uses_deepep(s),
+        "where a rank receives too few tokens to pad the map, Megatron's DeepEP path leaves the padding to "
+        "the experts, and they leave it to the map",
         "leave it out: the experts pad their own input",
     ),
     Refusal(
-        "--moe-token-dispatcher-type flex",
+        "--fp4-format",
+        _get("fp4"),
+        "experts in NVFP4 have not been run with loads that vary (it takes a Blackwell GPU), and Transformer "
+        "Engine 2.9 pads their tokens to 16 rows where NVFP4 needs 32",
+        "use --fp8-format",
+    ),
+    Refusal(
+        "--moe-pad-expert-input-to-capacity with HybridEP, and experts in shards or uneven inputs",
         lambda s: (
-            getattr(s, "moe_token_dispatcher_type", None) == "flex" or getattr(s, "moe_enable_deepep", False)
+            getattr(s, "moe_pad_expert_input_to_capacity", False)
+            and getattr(s, "moe_token_dispatcher_type", None) == "flex"
+            and getattr(s, "moe_flex_dispatcher_backend", None) == "hybridep"
+            and (expert_shards(s) > 1 or getattr(s, "moe_hybridep_pad_uneven_dispatch_inputs", False))
         ),
-        "the flex dispatchers (DeepEP, HybridEP, NCCL-EP) have not been adapted to a varying fan-out yet",
-        "use --moe-token-dispatcher-type alltoall or allgather",
+        "Megatron then gives HybridEP another capacity than the router's: rows are lost, or are not filled",
+        "leave the capacity padding out, or use --expert-tensor-parallel-size 1 without "
+        "--moe-hybridep-pad-uneven-dispatch-inputs",
+    ),
+    Refusal(
+        "--moe-flex-dispatcher-backend ncclep",
+        lambda s: getattr(s, "moe_flex_dispatcher_backend", None) == "ncclep",
+        "NCCL-EP takes exactly top-k experts for each token and knows no empty slot",
+        "use --moe-flex-dispatcher-backend hybridep or deepep",
     ),
     Refusal(
         "--transformer-impl inference_optimized",
@@ -161,28 +190,64 @@ REFUSALS = (
         "use --transformer-impl transformer_engine or local",
     ),
     Refusal(
-        "--cuda-graph-impl",
-        # The second and third are old spellings, which Megatron turns into the first after this check.
-        lambda s: (
-            getattr(s, "cuda_graph_impl", None) not in (None, "none")
-            or getattr(s, "enable_cuda_graph", False)
-            or getattr(s, "external_cuda_graph", False)
-        ),
-        "a captured graph would freeze the routing of the phase in which it was captured (warm-up or "
-        "thresholds)",
-        "leave it out",
+        "--cuda-graph-impl full_iteration",
+        lambda s: cuda_graphs.implementation(s) == "full_iteration",
+        "the graph would hold the token dispatcher, which waits for the number of tokens of each expert",
+        "use --cuda-graph-impl transformer_engine with scopes of attn, mlp, mamba and moe_router",
     ),
     Refusal(
-        "--overlap-moe-expert-parallel-comm",
-        _get("overlap_moe_expert_parallel_comm"),
-        "splitting a MoE layer over two micro-batches has not been checked with a varying fan-out",
+        "--cuda-graph-impl local",
+        lambda s: cuda_graphs.implementation(s) == "local" and cuda_graphs.local_holds_moe(s),
+        "its graphs hold a whole GPT layer or the token dispatcher, which waits for the number of tokens of "
+        "each expert; only in a hybrid model without multi-token prediction do its scopes attn, mlp and "
+        "mamba hold no MoE layer",
+        "use --cuda-graph-impl transformer_engine with scopes of attn, mlp, mamba and moe_router",
+    ),
+    Refusal(
+        "--cuda-graph-modules / --cuda-graph-scope without a value",
+        lambda s: cuda_graphs.implementation(s) == "transformer_engine" and not cuda_graphs.scopes(s),
+        "the graph of a whole layer would hold the token dispatcher, which waits for the number of tokens of "
+        "each expert",
+        "name what to capture: attn, mlp, mamba and moe_router",
+    ),
+    Refusal(
+        "--cuda-graph-modules / --cuda-graph-scope with moe or moe_preprocess",
+        lambda s: (
+            cuda_graphs.implementation(s) == "transformer_engine"
+            and cuda_graphs.scopes(s) - cuda_graphs.OUTSIDE_MOE - {cuda_graphs.ROUTER}
+        ),
+        "the graph would hold the token dispatcher, which waits for the number of tokens of each expert, or, "
+        "with padding to a capacity and with HybridEP, has not been checked inside a graph",
+        "use moe_router alone, which captures all that comes before the dispatcher",
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm with --moe-token-dispatcher-type flex",
+        lambda s: (
+            getattr(s, "overlap_moe_expert_parallel_comm", False)
+            and getattr(s, "moe_token_dispatcher_type", None) == "flex"
+        ),
+        "DeepEP and HybridEP have not been checked in a MoE layer that is split over two micro-batches",
+        "use --moe-token-dispatcher-type alltoall, or leave the overlap out",
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm with a CUDA graph of moe_router",
+        lambda s: getattr(s, "overlap_moe_expert_parallel_comm", False) and cuda_graphs.captures_router(s),
+        "the router in a graph has not been checked in a MoE layer that is split over two micro-batches",
+        "leave one of them out",
+    ),
+    Refusal(
+        "--batch-invariant-mode",
+        # Older versions have the mode, but not for MoE layers; what they lack tells them apart.
+        lambda s: getattr(s, "batch_invariant_mode", False) and hasattr(s, "batch_invariant_backend"),
+        "its way back from the experts has exactly top-k slots for each token",
         "leave it out",
     ),
     Refusal(
         "--moe-expert-rank-capacity-factor",
         _get("moe_expert_rank_capacity_factor"),
-        "it sizes buffers for a fixed top-k",
-        "use --moe-et-capacity-factor",
+        "HybridEP then drops what a rank receives beyond tokens * top-k * factor, and under ET the load of a "
+        "rank is not known beforehand",
+        "leave it out: HybridEP sizes its buffers by the routing map and drops nothing",
     ),
     Refusal(
         "--use-megatron-fsdp / --use-torch-fsdp2",
@@ -259,7 +324,8 @@ def check(settings: Any, et: ExpertThresholdConfig, explicit: Collection[str] = 
         explicit: attribute names that the user gave on the command line, even if at Megatron's default.
 
     Returns:
-        a short text `name=value` for each setting that was changed.
+        a short text `name=value` for each setting that was changed, and for the bound on the fan-out that
+        DeepEP needs (fanout.bounded puts it in force).
 
     Raises:
         ConfigError: lists every refused setting at once.
@@ -278,8 +344,27 @@ def check(settings: Any, et: ExpertThresholdConfig, explicit: Collection[str] = 
         problems.append(
             f"--moe-et-max-fanout is {et.max_fanout}, above --num-experts {num_experts}: leave it out."
         )
+    bound = fanout_bound(settings)
+    if bound is not None and et.max_fanout is not None and et.max_fanout > bound.most:
+        problems.append(
+            f"--moe-et-max-fanout is {et.max_fanout}, above {bound.most}: {bound.why}. "
+            f"Remedy: leave it out, or --moe-flex-dispatcher-backend hybridep."
+        )
+    if bound is not None and topk is not None and topk > bound.most:
+        problems.append(
+            f"--moe-router-topk is {topk}: no token may get more than {bound.most} experts, as {bound.why}. "
+            "Remedy: --moe-flex-dispatcher-backend hybridep."
+        )
+    if et.pool == "global" and cuda_graphs.captures_router(settings):
+        problems.append(
+            "--moe-et-pool global cannot be combined with a CUDA graph of moe_router: its all-reduces have "
+            "not been checked inside a graph. Remedy: use --moe-et-pool microbatch, or leave moe_router out."
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     for need in left_alone:
         setattr(settings, need.name, need.value)
-    return [f"{need.name}={need.value}" for need in left_alone]
+    changed = [f"{need.name}={need.value}" for need in left_alone]
+    if bound is not None and et.max_fanout is None:
+        changed.append(f"moe_et_max_fanout={bound.most} ({bound.why})")
+    return changed

@@ -81,7 +81,10 @@ class ExpertThresholdConfig:
         "histogram; none = off",
     )
     max_fanout: int | None = _knob(
-        None, "--moe-et-max-fanout", "at most this many experts a token, best logits first; none = no bound"
+        None,
+        "--moe-et-max-fanout",
+        "at most this many experts a token, best logits first; none = no bound, or the largest that DeepEP "
+        "can carry (32 slots a token)",
     )
     gate_normalization: GateNormalization = _knob(
         "none", "--moe-et-gate-normalization", "fanout divides a token's gates by its fan-out (paper, E.4)"

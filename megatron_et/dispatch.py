@@ -31,7 +31,7 @@ class VariableFanoutAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
 
     def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
-        self._own_config, self._unfused_config = config, _without_permute_fusion(config)
+        self._own_config = config
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """As Megatron's, for a routing map [tokens, experts] with any number of ones in a row.
@@ -41,8 +41,9 @@ class VariableFanoutAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """
         self.config = self._own_config
         tokens_per_local_expert = super().preprocess(routing_map)
-        self.num_out_tokens = routing_map.sum()
-        self._maybe_update_cuda_sync_point("before_permutation_1")
+        if not self.drop_and_pad:  # there every expert has `capacity` rows, and nothing waits for the device
+            self.num_out_tokens = routing_map.sum()
+            self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_local_expert
 
     def _maybe_dtoh_and_synchronize(
@@ -50,7 +51,7 @@ class VariableFanoutAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     ) -> torch.Tensor:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == "before_permutation_1" and self.config.moe_permute_fusion and self.num_out_tokens == 0:
-            self.config = self._unfused_config
+            self.config = _without_permute_fusion(self._own_config)
         return tokens_per_expert
 
 
@@ -60,7 +61,7 @@ class VariableFanoutAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
 
     def __init__(self, *args: Any, config: Any, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
-        self._own_config, self._unfused_config = config, _without_permute_fusion(config)
+        self._own_config = config
 
     def dispatch_postprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
@@ -71,5 +72,5 @@ class VariableFanoutAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
             # Megatron waits for the device at this place anyway, for the tokens per expert.
             first, last = self.local_expert_indices[0], self.local_expert_indices[-1]
             if not self.routing_map[:, first : last + 1].any():
-                self.config = self._unfused_config
+                self.config = _without_permute_fusion(self._own_config)
         return super().dispatch_postprocess(hidden_states, probs)

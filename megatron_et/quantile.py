@@ -54,23 +54,41 @@ def kth_largest(
         # Only the smallest of the k largest is wanted, so they need no order among themselves.
         return logits_TE.t().contiguous().topk(k, dim=1, sorted=False).values.amin(dim=1)
 
+    return _kth_largest_sorted(logits_TE, [k], padding_mask_T)[0]
+
+
+def _kth_largest_sorted(
+    logits_TE: torch.Tensor, ks: Sequence[Count], padding_mask_T: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """`kth_largest` for several k from one sort. No number crosses from the host to the device, which a CUDA
+    graph could not hold."""
+    num_tokens, num_experts = logits_TE.shape
     if num_tokens == 0:
-        return logits_TE.new_full((num_experts,), torch.inf)
-    valid = num_tokens if padding_mask_T is None else num_tokens - padding_mask_T.sum()
-    k = torch.minimum(
-        torch.as_tensor(k, device=logits_TE.device), torch.as_tensor(valid, device=logits_TE.device)
-    )
+        return [logits_TE.new_full((num_experts,), torch.inf) for _ in ks]
     if padding_mask_T is not None:
         logits_TE = logits_TE.masked_fill(padding_mask_T.unsqueeze(1), -torch.inf)
     descending_TE = logits_TE.sort(dim=0, descending=True).values
-    row = (k.reshape(1, 1) - 1).clamp(min=0).expand(1, num_experts)
-    return torch.where(k > 0, descending_TE.gather(0, row).squeeze(0), torch.inf)
+    valid = num_tokens if padding_mask_T is None else num_tokens - padding_mask_T.sum()
+    cutoffs = []
+    for k in ks:
+        k_11 = _smaller(k, valid).reshape(1, 1)
+        row = (k_11 - 1).clamp(min=0).expand(1, num_experts)
+        cutoffs.append(torch.where(k_11.squeeze(0) > 0, descending_TE.gather(0, row).squeeze(0), torch.inf))
+    return cutoffs
+
+
+def _smaller(a: Count, b: Count) -> torch.Tensor:
+    """min of two counts, at least one of them a tensor."""
+    if isinstance(a, torch.Tensor):
+        return torch.minimum(a, b) if isinstance(b, torch.Tensor) else a.clamp(max=b)
+    assert isinstance(b, torch.Tensor)
+    return b.clamp(max=a)
 
 
 def capacity_bounds(
     logits_TE: torch.Tensor,
     k: Count,
-    capacity_factor: float,
+    capacity_factor: float | torch.Tensor,
     *,
     padding_mask_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,24 +98,37 @@ def capacity_bounds(
     lower. With C = 0 both are the k-th largest (Expert Choice); with C >= 1 `upper` is +inf, so no missing
     token is filled in.
 
+    Args:
+        logits_TE: [tokens, experts].
+        k: tokens wanted per expert.
+        capacity_factor: C, a number or a one-element fp64 tensor that stays on its device.
+        padding_mask_T: [tokens] bool, True for tokens that do not belong to the pool.
+
     Returns:
         (lower, upper), each [experts].
     """
 
+    if not isinstance(capacity_factor, torch.Tensor) and capacity_factor == 0.0:
+        both = kth_largest(logits_TE, k, padding_mask_T=padding_mask_T)
+        return both, both
     fewest, most = capacity_loads(k, capacity_factor)
-    upper = kth_largest(logits_TE, fewest, padding_mask_T=padding_mask_T)
-    if capacity_factor == 0.0:
-        return upper, upper
-    return kth_largest(logits_TE, most, padding_mask_T=padding_mask_T), upper
+    if isinstance(fewest, int) and padding_mask_T is None:
+        return kth_largest(logits_TE, most), kth_largest(logits_TE, fewest)
+    upper, lower = _kth_largest_sorted(logits_TE, [fewest, most], padding_mask_T)
+    return lower, upper
 
 
-def capacity_loads(k: Count, capacity_factor: float) -> tuple[Count, Count]:
+def capacity_loads(k: Count, capacity_factor: float | torch.Tensor) -> tuple[Count, Count]:
     """Fewest and most tokens that an expert may take: (1-C)k, not below 0, and (1+C)k, rounded down (F.1)."""
 
-    def scaled(factor: float) -> Count:
-        # float64 like the authors' int(k * (1 +- C)); a tensor k stays on its device.
+    def scaled(factor: float | torch.Tensor) -> Count:
+        # float64 like the authors' int(k * (1 +- C)); a tensor stays on its device.
+        if isinstance(factor, torch.Tensor):
+            return (k * factor).long()
         return int(k * factor) if isinstance(k, int) else (k.double() * factor).long()
 
+    if isinstance(capacity_factor, torch.Tensor):
+        return scaled((1.0 - capacity_factor).clamp(min=0.0)), scaled(1.0 + capacity_factor)
     return scaled(max(1.0 - capacity_factor, 0.0)), scaled(1.0 + capacity_factor)
 
 

@@ -7,12 +7,23 @@ import inspect
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_et import compatibility
 from megatron_et.config import ConfigError, ExpertThresholdConfig
-from megatron_et.quantile import capacity_bounds, capacity_loads, expected_load, kth_largest_of_ranks
+from megatron_et.cuda_graphs import captures_router
+from megatron_et.dropping import drop_over_capacity
+from megatron_et.fanout import bounded
+from megatron_et.quantile import (
+    Count,
+    capacity_bounds,
+    capacity_loads,
+    expected_load,
+    kth_largest_of_ranks,
+)
 from megatron_et.routing import expert_threshold
+from megatron_et.schedule import capacity_on_device, settled
 from megatron_et.statistics import BatchRecord, RouterStatistics
 from megatron_et.threshold import ThresholdEMA
 
@@ -23,14 +34,14 @@ megatron.training."""
 
 def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
     """Settings for a layer: the TransformerConfig's attribute, else Megatron's global arguments, else plain
-    top-k."""
+    top-k; with the bound on the fan-out that the dispatcher needs."""
     attached = getattr(transformer_config, CONFIG_ATTRIBUTE, None)
     if attached is not None:
-        return attached
+        return bounded(attached, transformer_config)
     try:
         from megatron.training.global_vars import get_args
 
-        return ExpertThresholdConfig.from_args(get_args())
+        return bounded(ExpertThresholdConfig.from_args(get_args()), transformer_config)
     except (ImportError, AssertionError):
         # No megatron.training, or its arguments were never parsed.
         return ExpertThresholdConfig()
@@ -75,7 +86,7 @@ class ExpertThresholdRouter(TopKRouter):
         *,
         et_config: ExpertThresholdConfig | None = None,
     ) -> None:
-        et_config = resolve_config(config) if et_config is None else et_config
+        et_config = resolve_config(config) if et_config is None else bounded(et_config, config)
         if not et_config.active:
             raise ConfigError(
                 "ExpertThresholdRouter was built with --moe-router-type topk: choose expert-threshold or "
@@ -97,6 +108,7 @@ class ExpertThresholdRouter(TopKRouter):
             self.num_experts, self.topk, quantile=et_config.quantile, device=device
         )
         self.last_batch: BatchRecord | None = None
+        self._in_graph = captures_router(config)
 
     @property
     def num_committed_batches(self) -> int:
@@ -151,19 +163,55 @@ class ExpertThresholdRouter(TopKRouter):
         # once.
         if self.training and torch.is_grad_enabled():
             self.statistics.add(logits_TE.detach(), routing_map_TE, self.thresholds, bounds, padding_mask_T)
+        return self._for_dispatch(gates_TE, routing_map_TE)
+
+    def _for_dispatch(
+        self, gates_TE: torch.Tensor, routing_map_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What Megatron's settings make of the routing after it was counted: the thresholds aim at the load
+        that tokens ask for, not at the one that a capacity leaves."""
+        # Read anew at each call: Megatron's text generation changes them between prefill and decoding.
+        factor = self.config.moe_expert_capacity_factor
+        if factor is not None:
+            capacity = get_capacity(gates_TE.shape[0] * self.topk, self.num_experts, factor)
+            gates_TE, routing_map_TE = drop_over_capacity(
+                gates_TE,
+                routing_map_TE,
+                capacity,
+                policy=self.config.moe_token_drop_policy,
+                pad=self.config.moe_pad_expert_input_to_capacity,
+            )
+        if self.config.moe_router_padding_for_quantization:
+            # The dispatcher writes its padding into the map, and autograd holds the one that made the gates.
+            routing_map_TE = routing_map_TE.clone()
         return gates_TE, routing_map_TE
 
     def _bounds(
         self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self._in_graph and not settled(self.et_config, self.num_committed_batches):
+            return self._changing_bounds(logits_TE, padding_mask_T)
         capacity = self.et_config.capacity(self.num_committed_batches)
         if capacity is None:
             return None
         if self.et_config.pool == "global":
             return self._global_bounds(logits_TE, capacity, padding_mask_T)
-        num_tokens = logits_TE.shape[0] if padding_mask_T is None else (~padding_mask_T).sum()
-        k = expected_load(num_tokens, self.topk, self.num_experts)
+        k = self._expected_load(logits_TE, padding_mask_T)
         return capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T)
+
+    def _changing_bounds(
+        self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A graph captured now is still replayed when the capacity has changed or gone: both are read on the
+        # device, and no bounds are infinite ones.
+        capacity, in_force = capacity_on_device(self.et_config, self.committed_batches)
+        k = self._expected_load(logits_TE, padding_mask_T)
+        lower_E, upper_E = capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T)
+        return lower_E.where(in_force, -torch.inf), upper_E.where(in_force, torch.inf)
+
+    def _expected_load(self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None) -> Count:
+        num_tokens = logits_TE.shape[0] if padding_mask_T is None else (~padding_mask_T).sum()
+        return expected_load(num_tokens, self.topk, self.num_experts)
 
     def _global_bounds(
         self, logits_TE: torch.Tensor, capacity: float, padding_mask_T: torch.Tensor | None

@@ -150,7 +150,12 @@ class RouterStatistics:
             integers[BatchCounts.size(self.num_experts) :], num_tokens, centers_E, share
         )
 
+    @property
+    def accumulators(self) -> tuple[torch.Tensor, ...]:
+        """Everything that `add` writes to. Changed in place only: CUDA graphs hold on to the memory."""
+        return self.counts, self.estimator.integers, self.estimator.reals
+
     def reset(self) -> None:
         """Start the next global batch."""
-        for accumulator in (self.counts, self.estimator.integers, self.estimator.reals):
+        for accumulator in self.accumulators:
             accumulator.zero_()

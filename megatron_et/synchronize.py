@@ -11,7 +11,8 @@ on all replicas.
 Dimension letters: L routers of this rank, E experts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,19 @@ def discard(routers: Sequence[ExpertThresholdRouter]) -> None:
         router.thresholds.discard()
         router.last_batch = None
         router.statistics.reset()
+
+
+@contextmanager
+def uncounted(routers: Sequence[ExpertThresholdRouter]) -> Iterator[None]:
+    """Forward passes inside leave no trace in the statistics of the global batch, as those that only warm up
+    a CUDA graph."""
+    accumulators = [tensor for router in routers for tensor in router.statistics.accumulators]
+    before = [tensor.clone() for tensor in accumulators]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(accumulators, before, strict=True):
+            tensor.copy_(value)
 
 
 def finalize_thresholds(

@@ -6,6 +6,7 @@
 | arguments.py | `load_args_from_checkpoint` | --use-checkpoint-args |
 | layer.py | `MoELayer.__init__` | our router in every MoE layer |
 | layer.py | `moe_layer.MoEAlltoAllTokenDispatcher`, `...AllGather...` | dispatchers for any fan-out |
+| graphs.py | `TECudaGraphHelper.create_cudagraphs` | passes that warm up CUDA graphs are not counted |
 | grads.py | `finalize_model_grads` | reduce the batch's statistics beside the gradients |
 | step.py | `train_step` | commit or discard once the optimizer step is known to count |
 | logging.py | `training_log` | TensorBoard, W&B, console line, trace |
@@ -13,6 +14,7 @@
 | checkpoint.py | `load_checkpoint`, `_load_base_checkpoint` | top-k checkpoints start a warm-up and say so |
 """
 
+import importlib
 import importlib.util
 
 from megatron_et.host import seam
@@ -49,15 +51,20 @@ def install() -> None:
 
 def _bind() -> None:
     check_version()
-    from megatron_et.host import layer, wheel
+    for name in seams():
+        importlib.import_module(f"{__name__}.{name}").install()
 
-    layer.install()
-    wheel.install()
-    if importlib.util.find_spec("megatron.training") is not None:
-        from megatron_et.host import arguments, checkpoint, grads, logging, step
 
-        for module in (arguments, checkpoint, grads, step, logging):
-            module.install()
+def seams() -> list[str]:
+    """Modules of this package that bind the Megatron that is installed, in order; those of megatron.training
+    where it is there."""
+    training = importlib.util.find_spec("megatron.training") is not None
+    return [
+        "layer",
+        "graphs",
+        "wheel",
+        *(["arguments", "checkpoint", "grads", "step", "logging"] if training else []),
+    ]
 
 
 def bound() -> list[str]:

@@ -16,6 +16,7 @@ from megatron_et.config import (
     flag_of,
     scalar_type,
 )
+from megatron_et.fanout import bounded
 from megatron_et.host import seam
 from megatron_et.quantile import expected_load
 from megatron_et.rank_zero import is_rank_zero, say
@@ -73,6 +74,8 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConf
             )
         return et
     changed = compatibility.check(args, et, explicit)
+    et = bounded(et, args)
+    args.moe_et_max_fanout = et.max_fanout
     needed = f"; set {', '.join(changed)}" if changed else ""
     say(
         f"--moe-router-type {et.router_type}: target mean fan-out {args.moe_router_topk} of "

@@ -10,6 +10,7 @@ from megatron_et.config import ConfigError
 from megatron_et.host import seam
 
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
+TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 
 
 def install() -> None:
@@ -21,11 +22,15 @@ def install() -> None:
         VariableFanoutAlltoAllTokenDispatcher,
     )
 
+    seam.find(TOKEN_DISPATCHER, "_DeepepManager")  # the base of flex.py's, refused by name if it is gone
+    from megatron_et.flex import VariableFanoutFlexTokenDispatcher
+
     # Only the names that MoELayer builds from: the classes themselves stay what isinstance and Megatron's
     # class attributes expect.
     for name, ours in (
         ("MoEAlltoAllTokenDispatcher", VariableFanoutAlltoAllTokenDispatcher),
         ("MoEAllGatherTokenDispatcher", VariableFanoutAllGatherTokenDispatcher),
+        ("MoEFlexTokenDispatcher", VariableFanoutFlexTokenDispatcher),
     ):
         seam.replace(MOE_LAYER, name, _chooser(seam.find(MOE_LAYER, name), ours))
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_et.host.versions import CHECKED, megatron_version
+from megatron_et.host.versions import checked_versions, megatron_version
 
 replaced: list[str] = []
 """Full names of the symbols that were replaced, in order."""
@@ -25,8 +25,7 @@ def find(module_name: str, attribute: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"{module_name}.{attribute} is not in megatron-core {megatron_version()}, and megatron_et needs "
-            "it: "
-            f"versions that have it are {', '.join(CHECKED)}.x ({error})"
+            f"it: versions that have it are {checked_versions()} ({error})"
         ) from error
     return owner
 
@@ -44,6 +43,24 @@ def wrap(module_name: str, attribute: str, make: Callable[[Any], Callable[..., A
         namespace = getattr(module, "__dict__", {})
         if module is not sys.modules[module_name] and namespace.get(attribute) is original:
             namespace[attribute] = wrapped
+
+
+def require_overridden(*classes: type) -> None:
+    """Check that every method marked `typing.override` still overrides one of Megatron's. One that Megatron
+    renamed would otherwise never be called again, and nobody would notice.
+
+    Raises:
+        ImportError: names the first method that overrides nothing.
+    """
+    for cls in classes:
+        for name, member in vars(cls).items():
+            if getattr(member, "__override__", False) and not hasattr(super(cls, cls), name):
+                parent = cls.__mro__[1]
+                raise ImportError(
+                    f"{parent.__module__}.{parent.__qualname__}.{name} is not in megatron-core "
+                    f"{megatron_version()}, and megatron_et's {cls.__name__} replaces it: versions that have "
+                    f"it are {checked_versions()}"
+                )
 
 
 def replace(module_name: str, attribute: str, value: Any) -> None:

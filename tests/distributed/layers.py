@@ -15,6 +15,9 @@ from megatron_et import cpu
 
 HIDDEN, EXPERTS, TOPK, SEQUENCE, BATCH = 16, 8, 2, 12, 2
 
+Kept = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Gates [T, E] and map [T, E] to the map without the pairs that a capacity drops."""
+
 
 def start(**parallel: int) -> None:
     """torch.distributed, Megatron's groups and RNG."""
@@ -29,15 +32,13 @@ def start(**parallel: int) -> None:
     model_parallel_cuda_manual_seed(7)
 
 
-def moe_layer(
+def moe_config(
     *, warmup: int = 0, capacity: float | None = None, et: dict[str, Any] | None = None, **config: Any
 ) -> Any:
-    """A MoELayer with a shared expert as a GPT of Megatron's local implementation has it."""
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    """A TransformerConfig of a MoE layer with a shared expert, our settings attached."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_et import ExpertThresholdConfig
-    from megatron_et.router import ExpertThresholdRouter
 
     settings = {
         "num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 2, "num_moe_experts": EXPERTS,
@@ -51,7 +52,18 @@ def moe_layer(
     transformer_config.expert_threshold = ExpertThresholdConfig(
         router_type="expert-threshold", warmup_steps=warmup, capacity_factor=capacity, **(et or {})
     )
-    build = get_moe_module_spec(use_te=False, num_experts=settings["num_moe_experts"], moe_grouped_gemm=False)
+    return transformer_config
+
+
+def moe_layer(**config: Any) -> Any:
+    """A MoELayer as a GPT of Megatron's local implementation has it; arguments as for `moe_config`."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    from megatron_et.router import ExpertThresholdRouter
+
+    transformer_config = moe_config(**config)
+    num_experts = transformer_config.num_moe_experts
+    build = get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False)
     torch.manual_seed(99)
     layer = build(config=transformer_config)
     layer.set_layer_number(3)
@@ -59,7 +71,7 @@ def moe_layer(
     with torch.no_grad():
         # Wide enough that tokens with 0, 1 and many experts all occur.
         layer.router.weight.normal_(0, 0.5)
-        layer.router.thresholds.value.copy_(torch.linspace(0.8, 2.4, settings["num_moe_experts"]))
+        layer.router.thresholds.value.copy_(torch.linspace(0.8, 2.4, num_experts))
         for expert in layer.experts.local_experts:
             for weight in expert.parameters():
                 weight.normal_(0, 0.3)
@@ -88,15 +100,17 @@ def mlp(x_TH: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor) -> torch.Tenso
 
 
 def dense(
-    layer: Any, x: torch.Tensor, router_weight: torch.Tensor, experts: Any
+    layer: Any, x: torch.Tensor, router_weight: torch.Tensor, experts: Any, kept: Kept | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula, every expert on every token: sum_i z * sigmoid(r) * expert_i(x) + shared(x), and the
-    map."""
+    """The formula, every expert on every token: sum_i z * sigmoid(r) * expert_i(x) + shared(x), and the map
+    z. With `kept`, only the pairs that it leaves of z enter the sum."""
     x_TH = x.reshape(-1, HIDDEN)
     logits_TE = x_TH @ router_weight.T
+    gates_TE = torch.sigmoid(logits_TE)
     map_TE = logits_TE >= layer.router.thresholds.value
+    summed_TE = map_TE if kept is None else kept(gates_TE.detach(), map_TE)
     y_TH = sum(
-        (map_TE[:, i] * torch.sigmoid(logits_TE[:, i])).unsqueeze(1) * mlp(x_TH, *weights)
+        (summed_TE[:, i] * gates_TE[:, i]).unsqueeze(1) * mlp(x_TH, *weights)
         for i, weights in enumerate(experts)
     )
     shared = layer.shared_experts
@@ -115,18 +129,14 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
 
 
-def check_dense_formula(dispatcher: str, uneven: str = "0", shared: str = "yes") -> None:
-    """Output and all gradients against autograd on the dense formula.
+def compare_with_dense(layer: Any, own: int, kept: Kept | None = None) -> torch.Tensor:
+    """Output, all gradients and what was counted, against autograd on the dense formula; returns its map.
 
-    `uneven` gives rank r that many rows more per rank before it, so that ranks hold different numbers of
-    tokens; "empty" leaves rank 0 without any.
+    Args:
+        layer: a MoELayer in training mode.
+        own: sequence length on this rank.
+        kept: see `dense`; what is counted is the map before it.
     """
-    start(expert_model_parallel_size=int(WORLD))
-    extra = {} if shared == "yes" else {"moe_shared_expert_intermediate_size": None}
-    layer = moe_layer(moe_token_dispatcher_type=dispatcher, expert_model_parallel_size=int(WORLD), **extra)
-    layer.train()
-    rank = torch.distributed.get_rank()
-    own = SEQUENCE * rank if uneven == "empty" else SEQUENCE + int(uneven) * rank
     x = inputs(1, own).requires_grad_()
     upstream = inputs(2, own)
     y, bias = layer(x)
@@ -137,7 +147,7 @@ def check_dense_formula(dispatcher: str, uneven: str = "0", shared: str = "yes")
     x_dense = x.detach().clone().requires_grad_()
     weight = layer.router.weight.detach().clone().requires_grad_()
     dense_experts = [tuple(w.detach().clone().requires_grad_() for w in pair) for pair in experts]
-    y_dense, map_TE = dense(layer, x_dense, weight, dense_experts)
+    y_dense, map_TE = dense(layer, x_dense, weight, dense_experts, kept)
     y_dense.backward(upstream)
     assert y.shape == x.shape
     close(y, y_dense)
@@ -159,13 +169,190 @@ def check_dense_formula(dispatcher: str, uneven: str = "0", shared: str = "yes")
     if own:
         assert (fanouts == 0).any()
         assert (fanouts > TOPK).any()
-    counted = layer.router.statistics.counts
     from megatron_et.statistics import BatchCounts
 
-    counts = BatchCounts.split(counted, EXPERTS)
+    counts = BatchCounts.split(layer.router.statistics.counts, EXPERTS)
     assert counts.usage_E.tolist() == map_TE.sum(0).tolist()
     assert counts.tokens.item() == own * BATCH
     assert counts.fanout_F.tolist() == torch.bincount(fanouts, minlength=EXPERTS + 1).tolist()
+    return map_TE
+
+
+def check_dense_formula(dispatcher: str, uneven: str = "0", shared: str = "yes") -> None:
+    """The layer against the dense formula.
+
+    `uneven` gives rank r that many rows more per rank before it, so that ranks hold different numbers of
+    tokens; "empty" leaves rank 0 without any. `shared` "no" leaves the shared expert out, "overlap" runs it
+    during the dispatch.
+    """
+    start(expert_model_parallel_size=int(WORLD))
+    shared_settings: dict[str, dict[str, Any]] = {
+        "yes": {},
+        "no": {"moe_shared_expert_intermediate_size": None},
+        "overlap": {"moe_shared_expert_overlap": True},
+    }
+    extra = shared_settings[shared]
+    layer = moe_layer(moe_token_dispatcher_type=dispatcher, expert_model_parallel_size=int(WORLD), **extra)
+    layer.train()
+    rank = torch.distributed.get_rank()
+    compare_with_dense(layer, SEQUENCE * rank if uneven == "empty" else SEQUENCE + int(uneven) * rank)
+
+
+def expert_loads(layer: Any) -> list[torch.Tensor]:
+    """The tokens of each local expert at every later call of the layer's experts, appended as they run."""
+    loads: list[torch.Tensor] = []
+    forward = layer.experts.forward
+
+    def recorded(tokens: Any, tokens_per_expert: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        loads.append(tokens_per_expert.clone())
+        return forward(tokens, tokens_per_expert, *args, **kwargs)
+
+    layer.experts.forward = recorded
+    return loads
+
+
+def check_token_dropping(dispatcher: str, policy: str, pad: str) -> None:
+    """Megatron's capacity: an expert keeps its best (or first) tokens of each rank, in training and in
+    evaluation; what is counted is the load before. Padded, all experts have the same load."""
+    from megatron.core.inference.utils import set_decode_expert_padding
+
+    start(expert_model_parallel_size=int(WORLD))
+    layer = moe_layer(
+        moe_token_dispatcher_type=dispatcher,
+        expert_model_parallel_size=int(WORLD),
+        moe_router_load_balancing_type="none",
+        moe_expert_capacity_factor=0.8,
+        moe_token_drop_policy=policy,
+        moe_pad_expert_input_to_capacity=pad == "pad",
+    )
+    capacity = 5  # 0.8 of 24 tokens * 2 / 8 experts, rounded up
+
+    def kept(gates_TE: torch.Tensor, map_TE: torch.Tensor) -> torch.Tensor:
+        left_TE = torch.zeros_like(map_TE)
+        for e in range(EXPERTS):
+            taken = map_TE[:, e].nonzero().flatten().tolist()
+            if policy == "probs":
+                taken.sort(key=lambda t: -gates_TE[t, e].item())
+            left_TE[taken[:capacity], e] = True
+        return left_TE
+
+    loads = expert_loads(layer)
+    map_TE = compare_with_dense(layer.train(), SEQUENCE, kept)
+    load_E = map_TE.sum(0)
+    assert (load_E > capacity).any()
+    assert (load_E < capacity).any()
+    if pad == "pad":
+        assert loads[0].tolist() == [capacity * int(WORLD)] * layer.num_local_experts
+        assert getattr(layer.token_dispatcher, "cuda_sync_point", "no_sync") == "no_sync"
+    else:
+        torch.distributed.all_reduce(expected := load_E.clamp(max=capacity))
+        assert loads[0].tolist() == expected[layer.local_expert_indices].tolist()
+
+    layer.eval()
+    weight, experts = layer.router.weight, all_experts(layer)
+    with torch.no_grad():
+        x = inputs(3)
+        close(layer(x)[0], dense(layer, x, weight, experts, kept)[0])
+        if dispatcher == "alltoall" and pad == "pad":
+            # --moe-pad-experts-for-cuda-graph-inference: decoding with fixed shapes, nothing dropped.
+            set_decode_expert_padding(layer, True, EXPERTS // TOPK)
+            close(layer(x)[0], dense(layer, x, weight, experts)[0])
+            assert loads[-1].tolist() == [SEQUENCE * BATCH * int(WORLD)] * layer.num_local_experts
+            set_decode_expert_padding(layer, False)
+            close(layer(x)[0], dense(layer, x, weight, experts)[0])
+            assert loads[-1].sum() < loads[-2].sum()
+
+
+def check_padded_map() -> None:
+    """--moe-router-padding-for-quantization: each expert gets a multiple of 16 tokens, the padding at gate 0;
+    outputs, gradients and what is counted stay those of the map before it."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    start(expert_model_parallel_size=int(WORLD))
+    layer = moe_layer(expert_model_parallel_size=int(WORLD))
+    # Afterwards: Megatron asks for FP8 in its configuration, and FP8 for a GPU.
+    layer.config.moe_router_padding_for_quantization = True
+    token_dispatcher.get_align_size_for_quantization = lambda _: 16
+    loads = expert_loads(layer)
+    map_TE = compare_with_dense(layer.train(), 16)
+    torch.distributed.all_reduce(padded_E := (map_TE.sum(0) + 15) // 16 * 16)
+    assert (map_TE.sum(0) % 16 > 0).any()
+    assert loads[0].tolist() == padded_E[layer.local_expert_indices].tolist()
+
+
+def check_expert_parallel_overlap() -> None:
+    """--overlap-moe-expert-parallel-comm, with and without --delay-wgrad-compute: a schedule that splits MoE
+    layers and puts one micro-batch's forward pass amid another's backward pass gives the same gradients and
+    counts, bit for bit, also where no token is routed. (The local linear layers have no weight gradient to
+    delay: of the delay, this runs the schedule only.)"""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
+    from megatron.core.tensor_parallel.layers import RowParallelLinear
+    from megatron.core.transformer.module import Float16Module
+
+    start(expert_model_parallel_size=int(WORLD))
+    torch.Tensor.record_stream = lambda *_: None  # no CPU tensor has it
+    config = moe_config(
+        num_layers=2,
+        expert_model_parallel_size=int(WORLD),
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        overlap_moe_expert_parallel_comm=True,
+    )
+    spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+    torch.manual_seed(99)
+    model = GPTModel(config, spec, vocab_size=32, max_sequence_length=SEQUENCE)
+    model = Float16Module(config, model).module.train()  # casts what Megatron creates in fp32
+    routers = [layer.mlp.router for layer in model.decoder.layers]
+    batches = torch.randint(32, (3, BATCH, SEQUENCE)).split(1)
+    positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+    events: list[str] = []
+    # megatron-core 0.16's local linear layers do not know of a delay.
+    delays = (False, True) if hasattr(RowParallelLinear, "backward_dw") else (False,)
+
+    def step(data: Any, model: Any, return_schedule_plan: bool = False) -> Any:
+        events.append("split" if return_schedule_plan else "whole")
+        tokens = next(data)[0]
+        forward = model.build_schedule_plan if return_schedule_plan else model
+        output = forward(tokens, positions, None, labels=tokens.roll(-1, 1))
+        return output, lambda losses: (losses.float().mean(), {"loss": losses.detach()})
+
+    def run(overlap: bool, delay: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor], list[Any]]:
+        config.overlap_moe_expert_parallel_comm, config.delay_wgrad_compute = overlap, delay
+        config.finalize_model_grads_func = lambda *_, **__: events.append("finalize")
+        events.clear()
+        for router in routers:
+            router.statistics.reset()
+        model.zero_grad()
+        losses = forward_backward_no_pipelining(
+            forward_step_func=step,
+            data_iterator=iter(batches),
+            model=model,
+            num_microbatches=len(batches),
+            seq_length=SEQUENCE,
+            micro_batch_size=BATCH,
+        )
+        assert events == ["split" if overlap else "whole"] * len(batches) + ["finalize"]
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        counts = [router.statistics.integers() for router in routers]
+        return gradients, counts, [loss["loss"] for loss in losses]
+
+    for cold in (False, True):
+        for router in routers:
+            router.thresholds.value.copy_(torch.linspace(-0.1, 0.1, EXPERTS))
+        if cold:
+            routers[1].thresholds.value.fill_(1e9)
+        plain = run(overlap=False, delay=False)
+        usage = [counts[:EXPERTS] for counts in plain[1]]
+        assert (usage[0] > 0).all()
+        assert usage[1].any() != cold
+        for delay in delays:
+            torch.testing.assert_close(run(overlap=True, delay=delay), plain, rtol=0, atol=0)
 
 
 def check_causality() -> None:
@@ -230,7 +417,7 @@ def check_empty_fused_permutation(dispatcher: str) -> None:
     def fused_permute(tokens: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int) -> Any:
         assert int(num_out_tokens) > 0, "num_out_tokens > 0"
         calls.append("permute")
-        rows, _, indices, _, _ = permute(tokens, routing_map, num_out_tokens=int(num_out_tokens))
+        rows, _, indices, *_ = permute(tokens, routing_map, num_out_tokens=int(num_out_tokens))
         return rows, RowMap(indices)
 
     def fused_permute_with_probs(
@@ -238,7 +425,7 @@ def check_empty_fused_permutation(dispatcher: str) -> None:
     ) -> Any:
         assert int(num_out_tokens) > 0, "num_out_tokens > 0"
         calls.append("permute")
-        rows, gates, indices, _, _ = permute(
+        rows, gates, indices, *_ = permute(
             tokens, routing_map, probs=probs, num_out_tokens=int(num_out_tokens)
         )
         return rows, gates, RowMap(indices)
@@ -256,7 +443,7 @@ def check_empty_fused_permutation(dispatcher: str) -> None:
     moe_utils.is_te_min_version = lambda *_, **__: True
 
     layer = moe_layer(moe_token_dispatcher_type=dispatcher, expert_model_parallel_size=int(WORLD))
-    layer.config.moe_permute_fusion = True  # after the copy without it was made, as no TE is here
+    layer.config.moe_permute_fusion = True  # afterwards: at its construction Megatron asks for TE
     warm = layer.router.thresholds.value.clone()
     for cold in (False, True, False):
         calls.clear()

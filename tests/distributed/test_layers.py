@@ -9,6 +9,7 @@ from tests.launch import TAIL, torchrun
 
 pytestmark = pytest.mark.distributed
 
+SMOKE = {(2, "dense_formula alltoall"), (2, "dense_formula allgather"), (2, "recompute"), (1, "bfloat16")}
 CHECKS = [
     (2, "dense_formula alltoall"),
     (2, "dense_formula allgather"),
@@ -17,6 +18,12 @@ CHECKS = [
     (2, "dense_formula alltoall 3"),
     (2, "dense_formula alltoall empty"),
     (2, "dense_formula alltoall 0 no"),
+    (2, "dense_formula alltoall 0 overlap"),
+    (2, "token_dropping alltoall probs pad"),
+    (2, "token_dropping alltoall position drop"),
+    (2, "token_dropping allgather probs drop"),
+    (2, "padded_map"),
+    (2, "expert_parallel_overlap"),
     (2, "causality"),
     (2, "cold_experts"),
     (2, "empty_fused_permutation alltoall"),
@@ -49,7 +56,15 @@ def test_thresholds_do_not_depend_on_the_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("processes", "check"), CHECKS, ids=[f"{c}-{p}p".replace(" ", "-") for p, c in CHECKS]
+    ("processes", "check"),
+    [
+        pytest.param(
+            *case,
+            marks=[pytest.mark.smoke] if case in SMOKE else [],
+            id=f"{case[1]}-{case[0]}p".replace(" ", "-"),
+        )
+        for case in CHECKS
+    ],
 )
 def test_layer(processes: int, check: str) -> None:
     run = torchrun(["-m", "tests.distributed.layers", *check.split()], processes, timeout=120)

@@ -9,8 +9,9 @@ import pytest
 
 from tests.distributed.runs import ET_ARGS, GPT_ARGS, MOE_LAYERS, Run, pretrain
 from tests.launch import words
+from tests.megatron_here import needs_training
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, needs_training]
 
 EP2 = "--expert-model-parallel-size 2 "
 EP4 = "--expert-model-parallel-size 4 "

@@ -21,8 +21,9 @@ from tests.distributed.runs import (
 )
 from tests.distributed.varying_pretrain import length
 from tests.launch import words
+from tests.megatron_here import needs_training
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, needs_training]
 
 EP2 = "--expert-model-parallel-size 2 "
 PP2 = "--pipeline-model-parallel-size 2 "

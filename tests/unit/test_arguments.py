@@ -30,9 +30,14 @@ from megatron_et.host.arguments import (
     refuse_yaml,
     take_over,
 )
+from tests.megatron_here import needs_training
 
 # Megatron says at every import what is not installed.
-pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\.")
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\."),
+    needs_training,
+    pytest.mark.smoke,
+]
 
 FLAGS = [
     "--moe-router-type",
@@ -246,6 +251,16 @@ def test_one_line_says_what_will_run_and_what_was_set(capsys: pytest.CaptureFixt
     untouched = {"moe_router_score_function", "moe_router_load_balancing_type"}
     plain = vars(parse(f"{ET} --moe-router-dtype fp32 --moe-et-warmup-steps 7"))
     assert {k for k, v in vars(args).items() if v != plain[k]} == untouched
+
+
+def test_deepeps_bound_on_the_fanout_is_set_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{ET} --num-experts 64 --moe-token-dispatcher-type flex"
+    args, et = prepared(line)
+    assert args.moe_et_max_fanout == et.max_fanout == 32
+    assert "moe_et_max_fanout=32 (DeepEP has 32 slots a token)" in capsys.readouterr().out
+    args, et = prepared(f"{line} --moe-et-max-fanout 20")
+    assert args.moe_et_max_fanout == et.max_fanout == 20
+    assert "moe_et_max_fanout" not in capsys.readouterr().out
 
 
 def test_nothing_set_is_not_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -576,7 +591,7 @@ answers = {
     "new": sorted(vars(topk).keys() - vars(plain).keys()),
     "moved": [k for k, v in vars(plain).items() if repr(getattr(topk, k, None)) != repr(v)],
     # Only this entry knows of YAML.
-    "yaml": run(lines.pop("yaml"), megatron.parse_and_validate_args)[1],
+    "yaml": run(lines.pop("yaml"), getattr(megatron, "parse_and_validate_args", parse_and_validate))[1],
 }
 for name, line in lines.items():
     args, answers[name] = run(line, rank="1" if name.endswith("rank 1") else "0")

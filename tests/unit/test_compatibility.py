@@ -6,6 +6,7 @@ names exist and what their defaults are: a rule for a misspelled name would neve
 
 import argparse
 import copy
+import dataclasses
 import re
 from collections.abc import Collection
 from functools import cache
@@ -15,13 +16,24 @@ import pytest
 
 from megatron_et.compatibility import NEEDED, REFUSALS, Refusal, check, violations
 from megatron_et.config import ConfigError, ExpertThresholdConfig
+from megatron_et.fanout import bounded
 from megatron_et.host.arguments import add_arguments
+from tests.megatron_here import absent, needs_newest, needs_training
 
 # Megatron says at every import what is not installed.
-pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\.")
+pytestmark = [
+    pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\."),
+    needs_training,
+    pytest.mark.smoke,
+]
 
 ET = ExpertThresholdConfig(router_type="expert-threshold")
 MOE = ["--num-experts", "8"]
+
+HYBRIDEP_PADDED = (
+    "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor 1.0"
+    " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"
+)
 
 # Rule -> every command line that it must refuse.
 REFUSED: dict[str, list[str]] = {
@@ -37,23 +49,53 @@ REFUSED: dict[str, list[str]] = {
     "--moe-router-fusion": ["--moe-router-fusion"],
     "--moe-enable-routing-replay": ["--moe-enable-routing-replay"],
     "--moe-apply-probs-on-input": ["--moe-apply-probs-on-input"],
-    "--moe-expert-capacity-factor": ["--moe-expert-capacity-factor 1.0", "--moe-expert-capacity-factor 0"],
-    "--moe-pad-expert-input-to-capacity": ["--moe-pad-expert-input-to-capacity"],
-    "--moe-pad-experts-for-cuda-graph-inference": ["--moe-pad-experts-for-cuda-graph-inference"],
-    "--moe-router-padding-for-quantization": [
-        "--moe-router-padding-for-quantization",
-        "--moe-router-padding-for-fp8",
+    "--moe-pad-expert-input-to-capacity with such a capacity": [
+        "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor 4.01",
+        "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor 2.7 --moe-router-topk 3",
     ],
-    "--moe-token-dispatcher-type flex": ["--moe-token-dispatcher-type flex", "--moe-enable-deepep"],
+    "--moe-router-padding-for-quantization with --moe-pad-expert-input-to-capacity": [
+        "--moe-router-padding-for-quantization --moe-pad-expert-input-to-capacity",
+        "--moe-router-padding-for-fp8 --moe-pad-expert-input-to-capacity --moe-expert-capacity-factor 1",
+    ],
+    "--moe-router-padding-for-quantization with DeepEP": [
+        "--moe-router-padding-for-quantization --moe-token-dispatcher-type flex",
+        "--moe-router-padding-for-fp8 --moe-token-dispatcher-type flex --moe-enable-deepep",
+    ],
+    "--fp4-format": ["--fp4-format e2m1"],
+    "--moe-pad-expert-input-to-capacity with HybridEP, and experts in shards or uneven inputs": [
+        f"{HYBRIDEP_PADDED} --expert-tensor-parallel-size 2",
+        f"{HYBRIDEP_PADDED} --moe-hybridep-pad-uneven-dispatch-inputs",
+    ],
+    "--moe-flex-dispatcher-backend ncclep": [
+        "--moe-flex-dispatcher-backend ncclep",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
+    ],
     "--transformer-impl inference_optimized": ["--transformer-impl inference_optimized"],
-    "--cuda-graph-impl": [
+    # Further spellings: test_cuda_graph.py.
+    "--cuda-graph-impl full_iteration": ["--cuda-graph-impl full_iteration"],
+    "--cuda-graph-impl local": [
         "--enable-cuda-graph",
-        "--external-cuda-graph",
         "--cuda-graph-impl local",
-        "--cuda-graph-impl transformer_engine",
-        "--cuda-graph-impl full_iteration",
+        "--cuda-graph-impl local --cuda-graph-modules attn",
     ],
-    "--overlap-moe-expert-parallel-comm": ["--overlap-moe-expert-parallel-comm"],
+    "--cuda-graph-modules / --cuda-graph-scope without a value": [
+        "--external-cuda-graph",
+        "--cuda-graph-impl transformer_engine",
+    ],
+    "--cuda-graph-modules / --cuda-graph-scope with moe or moe_preprocess": [
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules moe",
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules moe_router moe_preprocess",
+    ],
+    "--overlap-moe-expert-parallel-comm with --moe-token-dispatcher-type flex": [
+        "--overlap-moe-expert-parallel-comm --moe-token-dispatcher-type flex",
+        "--overlap-moe-expert-parallel-comm --moe-token-dispatcher-type flex"
+        " --moe-flex-dispatcher-backend hybridep",
+    ],
+    "--overlap-moe-expert-parallel-comm with a CUDA graph of moe_router": [
+        "--overlap-moe-expert-parallel-comm --cuda-graph-impl transformer_engine"
+        " --cuda-graph-modules moe_router",
+    ],
+    "--batch-invariant-mode": [],  # newer than the pinned version: test_batch_invariance
     "--moe-expert-rank-capacity-factor": ["--moe-expert-rank-capacity-factor 1.5"],
     "--use-megatron-fsdp / --use-torch-fsdp2": ["--use-megatron-fsdp", "--use-torch-fsdp2"],
     "--tensor-parallel-num-weight-shards / --expert-tensor-parallel-num-weight-shards": [
@@ -74,6 +116,9 @@ TRAINING_ONLY = {
     "use_torch_fsdp2",
     "moe_use_upcycling",
     "moe_routing_trace_path",
+    "cuda_graph_scope_deprecated",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
 }
 
 
@@ -97,9 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     return add_arguments(add_megatron_arguments(parser))
 
 
+def _choices(option: str) -> Any:
+    return next(action.choices for action in _parser()._actions if option in action.option_strings)
+
+
 def parse(line: str = "", *, moe: bool = True) -> argparse.Namespace:
     """Arguments as Megatron's parse_args leaves them, by default of a MoE model."""
-    return _parser().parse_args([*(MOE if moe else []), *line.split()])
+    words = line.split()
+    options = {option for action in _parser()._actions for option in action.option_strings}
+    if unknown := [word for word in words if word.startswith("--") and word not in options]:
+        absent(f"flag {unknown[0]}")
+    if "ncclep" in words and "ncclep" not in (_choices("--moe-flex-dispatcher-backend") or ()):
+        absent("NCCL-EP")
+    return _parser().parse_args([*(MOE if moe else []), *words])
 
 
 def given(line: str) -> dict[str, Any]:
@@ -112,6 +167,9 @@ def transformer_config(**settings: Any) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     base = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "num_moe_experts": 8}
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if unknown := settings.keys() - known:
+        absent(f"TransformerConfig.{min(unknown)}")
     return TransformerConfig(**(base | settings))
 
 
@@ -170,9 +228,9 @@ def test_the_same_setting_is_refused_on_a_transformer_config(flag: str, line: st
     ("settings", "flag"),
     [
         # __post_init__ moves old spellings to new names and derives sizes: either must be seen.
-        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl"),
-        ({"enable_cuda_graph": True}, "--cuda-graph-impl"),
-        ({"external_cuda_graph": True}, "--cuda-graph-impl"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl local"),
+        ({"enable_cuda_graph": True}, "--cuda-graph-impl local"),
+        ({"external_cuda_graph": True}, "--cuda-graph-modules / --cuda-graph-scope without a value"),
         (
             {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"},
             "--moe-router-enable-expert-bias",
@@ -181,7 +239,10 @@ def test_the_same_setting_is_refused_on_a_transformer_config(flag: str, line: st
             {"tensor_parallel_num_weight_shards": 2},
             "--tensor-parallel-num-weight-shards / --expert-tensor-parallel-num-weight-shards",
         ),
-        ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor"),
+        (
+            {"moe_expert_capacity_factor": 5.0, "moe_pad_expert_input_to_capacity": True},
+            "--moe-pad-expert-input-to-capacity with such a capacity",
+        ),
         (
             {"moe_router_load_balancing_type": ["aux_loss"], "moe_aux_loss_coeff": [0.01]},
             "--moe-aux-loss-coeff",
@@ -193,6 +254,17 @@ def test_configs_built_by_api_users_are_refused(settings: dict[str, Any], flag: 
     assert sentence.startswith(flag)
 
 
+def test_batch_invariance() -> None:
+    """Refused where Megatron has it for MoE layers: there it is told which kernels to use."""
+    settings = argparse.Namespace(num_experts=8, batch_invariant_mode=True)
+    assert violations(settings) == []
+    settings.batch_invariant_backend = "te_native"
+    (sentence,) = violations(settings)
+    assert sentence.startswith("--batch-invariant-mode cannot be combined")
+    settings.batch_invariant_mode = False
+    assert violations(settings) == []
+
+
 def test_megatrons_defaults_are_accepted() -> None:
     assert violations(parse()) == []
     assert violations(transformer_config()) == []
@@ -202,11 +274,24 @@ def test_megatrons_defaults_are_accepted() -> None:
     "line",
     [
         "--moe-token-dispatcher-type alltoall --moe-grouped-gemm --moe-permute-fusion",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep --moe-permute-fusion",
+        "--moe-token-dispatcher-type flex --moe-enable-deepep --expert-model-parallel-size 8",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep --num-experts 512",
+        HYBRIDEP_PADDED,
         "--moe-z-loss-coeff 1e-3 --moe-input-jitter-eps 0.01",
         "--moe-aux-loss-coeff 0",
         "--moe-aux-loss-coeff 0 0",
         "--moe-expert-capacity-factor -1",  # Megatron's other way to say `no capacity`
+        "--moe-expert-capacity-factor 1.25 --moe-token-drop-policy position",
+        "--moe-expert-capacity-factor 4 --moe-pad-expert-input-to-capacity",
+        "--moe-pad-experts-for-cuda-graph-inference",
+        "--moe-router-padding-for-quantization",
+        "--moe-router-padding-for-fp8"
+        " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
+        "--overlap-moe-expert-parallel-comm --delay-wgrad-compute --expert-model-parallel-size 2",
         "--transformer-impl local --cuda-graph-impl none",
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router",
+        "--external-cuda-graph --cuda-graph-scope moe_router",
         "--tensor-model-parallel-size 2 --tensor-parallel-num-weight-shards 2",
         "--moe-shared-expert-intermediate-size 64 --moe-shared-expert-overlap",
         "--use-distributed-optimizer --sequence-parallel",
@@ -257,6 +342,7 @@ def test_problems_with_needed_settings_are_listed_with_the_others(line: str, fla
 # --- names ---
 
 
+@needs_newest
 @pytest.mark.parametrize("rule", REFUSALS, ids=lambda rule: rule.flag.replace(" ", "_"))
 def test_rules_ask_for_names_that_exist(rule: Refusal) -> None:
     args, config = vars(parse()), vars(transformer_config())
@@ -266,6 +352,7 @@ def test_rules_ask_for_names_that_exist(rule: Refusal) -> None:
     assert names <= config.keys() | TRAINING_ONLY
 
 
+@needs_newest
 def test_rules_and_remedies_name_flags_that_exist() -> None:
     options = {option for action in _parser()._actions for option in action.option_strings}
     for rule in REFUSALS:
@@ -430,3 +517,77 @@ def test_a_router_is_not_built_for_topk() -> None:
     # No attribute on the config and no parsed arguments: plain top-k.
     with pytest.raises(ConfigError, match=r"built with --moe-router-type topk.*TopKRouter"):
         ExpertThresholdRouter(transformer_config())
+
+
+# --- DeepEP's bound on the fan-out ---
+
+DEEPEP = "--moe-token-dispatcher-type flex --num-experts 256 --moe-router-topk 8"
+SLOTS = "DeepEP has 32 slots a token"
+
+
+def sizes(line: str) -> Any:
+    """The TransformerConfig of a command line that gives sizes and the dispatcher."""
+    settings = given(line)
+    return transformer_config(
+        num_attention_heads=4, add_bias_linear=False, num_moe_experts=settings.pop("num_experts"), **settings
+    )
+
+
+@pytest.mark.parametrize("settings", [parse, sizes], ids=["args", "config"])
+@pytest.mark.parametrize(
+    ("line", "most", "why"),
+    [
+        ("", 32, SLOTS),
+        ("--num-experts 33", 32, SLOTS),
+        ("--moe-enable-deepep --expert-model-parallel-size 64", 32, SLOTS),
+        (
+            "--tensor-model-parallel-size 2",
+            16,
+            f"{SLOTS}, and expert tensor parallelism over 2 ranks takes 2 an expert",
+        ),
+        ("--num-experts 9 --tensor-model-parallel-size 4", 8, "over 4 ranks takes 4 an expert"),
+        ("--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1", 32, SLOTS),
+        (
+            "--expert-model-parallel-size 128",
+            8,
+            "at most 8 nodes of 8 ranks, and 128 ranks share the experts",
+        ),
+        ("--tensor-model-parallel-size 2 --expert-model-parallel-size 64", 8, "128 ranks share the experts"),
+    ],
+)
+def test_deepep_bounds_the_fanout(settings: Any, line: str, most: int, why: str) -> None:
+    told = check(settings(f"{DEEPEP} {line}"), ET)[-1]
+    assert told.startswith(f"moe_et_max_fanout={most} (")
+    assert why in told
+    assert bounded(ET, settings(f"{DEEPEP} {line}")).max_fanout == most
+    largest = dataclasses.replace(ET, max_fanout=most)
+    assert not any(text.startswith("moe_et") for text in check(settings(f"{DEEPEP} {line}"), largest))
+    with pytest.raises(ConfigError, match=f"--moe-et-max-fanout is {most + 1}, above {most}: ") as error:
+        check(settings(f"{DEEPEP} {line}"), dataclasses.replace(ET, max_fanout=most + 1))
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--num-experts 32",
+        "--num-experts 16 --tensor-model-parallel-size 2",
+        "--moe-token-dispatcher-type alltoall",
+        "--moe-flex-dispatcher-backend hybridep --expert-model-parallel-size 128",
+    ],
+)
+def test_no_bound_where_no_token_can_pass_it(line: str) -> None:
+    for settings in (parse(f"{DEEPEP} {line}"), sizes(f"{DEEPEP} {line}")):
+        assert bounded(ET, settings) == ET
+        assert not any(text.startswith("moe_et") for text in check(settings, ET))
+
+
+def test_a_target_above_the_bound_is_refused() -> None:
+    for settings in (parse, sizes):
+        with pytest.raises(ConfigError, match=r"--moe-router-topk is 40: .* more than 32 experts"):
+            check(settings(f"{DEEPEP} --moe-router-topk 40"), ET)
+
+
+def test_topk_runs_are_not_bounded() -> None:
+    plain = ExpertThresholdConfig()
+    assert bounded(plain, parse(DEEPEP)) is plain

@@ -11,11 +11,14 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, override
 
 import pytest
 
 from megatron_et.host import seam, versions
+from tests.megatron_here import VERSION, needs_training
+
+pytestmark = pytest.mark.smoke
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,15 +155,36 @@ def test_a_missing_symbol_names_itself_and_the_versions(
         actions[action]()
     message = str(error.value)
     assert message.startswith(f"{module}.{attribute} is not in megatron-core 0.31.4, ")
-    assert "versions that have it are 0.19.x" in message
+    assert "versions that have it are 0.16.1, 0.17.1, 0.18.2, 0.19.2, " in message
     assert seam.replaced == []
     assert vars(host) == before
+
+
+class _Upstream:
+    def preprocess(self) -> None: ...
+
+
+class _Ours(_Upstream):
+    @override
+    def preprocess(self) -> None: ...
+
+
+class _OursWithoutUpstreams(_Upstream):
+    @override
+    def prepare(self) -> None: ...  # type: ignore[misc]
+
+
+def test_an_override_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seam, "megatron_version", lambda: "0.31.4")
+    seam.require_overridden(_Ours)
+    with pytest.raises(ImportError, match=r"_Upstream\.prepare is not in megatron-core 0\.31\.4"):
+        seam.require_overridden(_Ours, _OursWithoutUpstreams)
 
 
 # --- versions.py ---
 
 
-@pytest.mark.parametrize("version", ["0.19.0", "0.19.2", "0.19.7", "0.19.0rc1"])
+@pytest.mark.parametrize("version", ["0.16.1", "0.17.0", "0.18.2", "0.19.7", "0.19.0rc1", "0.20.0"])
 def test_a_checked_version_is_silent(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(versions, "megatron_version", lambda: version)
     with warnings.catch_warnings():
@@ -168,12 +192,11 @@ def test_a_checked_version_is_silent(monkeypatch: pytest.MonkeyPatch, version: s
         versions.check_version()
 
 
-@pytest.mark.parametrize("version", ["0.18.1", "0.20.0", "1.19.2", "0.190.0", "0.1.9", "0.2"])
+@pytest.mark.parametrize("version", ["0.15.3", "0.21.0", "1.19.2", "0.190.0", "0.1.9", "0.2"])
 def test_another_version_warns_with_both_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(versions, "megatron_version", lambda: version)
-    with pytest.warns(
-        UserWarning, match=f"checked on megatron-core 0\\.19\\.x, this is {version}:"
-    ) as warned:
+    expected = rf"checked on megatron-core 0\.16\.1, .*0\.19\.2, .*; this is {version}:"
+    with pytest.warns(UserWarning, match=expected) as warned:
         versions.check_version()
     assert len(warned) == 1
 
@@ -186,6 +209,19 @@ def test_the_version_is_that_of_the_installed_package() -> None:
     assert versions.is_checked(versions.megatron_version())
 
 
+def test_two_mixed_installations_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "megatron_version", lambda: "0.19.2")
+    folders = {"megatron.core": Path("/checkout/megatron"), "megatron.training": Path("/wheel/megatron")}
+    monkeypatch.setattr(versions, "_folder_of", folders.get)
+    with pytest.warns(UserWarning, match=r"/checkout/megatron and megatron\.training from /wheel/megatron"):
+        versions.check_version()
+    for training in (Path("/checkout/megatron"), None):
+        folders["megatron.training"] = training
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            versions.check_version()
+
+
 # --- install() ---
 
 INSTALL = """
@@ -196,7 +232,7 @@ from megatron_et.host import seam
 
 def live(name):
     module, _, attribute = name.rpartition(".")
-    if attribute == "__init__":
+    if module.rpartition(".")[2][0].isupper():  # a method: its class comes before it
         module, _, owner = module.rpartition(".")
         attribute = f"{owner}.{attribute}"
     return seam.find(module, attribute)
@@ -229,11 +265,16 @@ assert "megatron_et" not in distributed.finalize_model_grads.__code__.co_filenam
 """
 
 
+@needs_training
 def test_install_twice_binds_each_symbol_once() -> None:
     result = run("-c", INSTALL, MEGATRON_ET_CPU="1")
     assert result.returncode == 0, result.stderr[-3000:]
     bound = [line for line in result.stdout.splitlines() if line.startswith("megatron.")]
-    modules = ("megatron.core.transformer.moe.moe_layer", "megatron.training.")
+    modules = (
+        "megatron.core.transformer.moe.moe_layer",
+        "megatron.core.transformer.cuda_graphs",
+        "megatron.training.",
+    )
     assert all(name.startswith(modules) for name in bound)
     # The places without which thresholds would not route, move, or be asked for.
     endings = ("MoELayer.__init__", "add_megatron_arguments", "validate_args", "finalize_model_grads")
@@ -251,11 +292,14 @@ megatron_et.install()
 """
 
 
+@needs_training
 def test_install_on_a_megatron_without_a_symbol() -> None:
     result = run("-c", WITHOUT)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: megatron.training.training.train_step is not in megatron-core 0.19")
+    assert last.startswith(
+        f"ImportError: megatron.training.training.train_step is not in megatron-core {VERSION}"
+    )
 
 
 # --- the launcher ---
@@ -326,6 +370,7 @@ def test_on_cpu_the_launcher_adds_flags_in_front_of_the_users(script: Path) -> N
     assert "[megatron_et]" not in result.stdout
 
 
+@needs_training
 def test_help_of_pretrain_gpt_shows_our_flags() -> None:
     result = run("-m", "megatron_et.pretrain_gpt", "--help")
     assert result.returncode == 0, result.stderr[-500:]

@@ -11,9 +11,14 @@ from collections.abc import Sequence
 
 # name -> (module, one-line help). Modules are imported only when their command runs: start-up stays quick.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "check": ("megatron_et.check.command", "versions, seams, refused flags and cost of a training command"),
     "prepare": ("megatron_et.data.prepare", "tokenizer and Megatron .bin/.idx datasets from text or JSONL"),
     "report": ("megatron_et.report.command", "terminal table and PNG plots of a run"),
 }
+
+# Whose words are another program's: argparse would take its --help, its abbreviations and its `--` for ours.
+VERBATIM = {"check"}
+_HELP = ["-h"], ["--help"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if argv and argv[0] == name:
             importlib.import_module(module).add_arguments(subparser)
-    args = parser.parse_args(argv)
+    if argv and argv[0] in VERBATIM and argv[1:] not in _HELP:
+        args = argparse.Namespace(command=argv[0], words=argv[1:])
+    else:
+        args = parser.parse_args(argv)
     try:
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except KeyboardInterrupt:

@@ -1,0 +1,291 @@
+"""The training command's flags: parsed by Megatron's own parser, then judged by this package's rules and by
+Megatron's own checks, as training does it at start-up.
+
+The seams must not be bound yet: these are Megatron's own functions.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn, get_args
+
+import torch
+
+from megatron_et import compatibility
+from megatron_et.check import layers, sizes
+from megatron_et.check.findings import NOTE, OK, PLAIN, REFUSED, Finding, Section, last_line
+from megatron_et.config import ConfigError, ExpertThresholdConfig, Quantile
+from megatron_et.host import arguments
+
+# As pretrain_gpt.py gives them.
+SCRIPT_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
+ASKED_FOR = ["--moe-router-type", "expert-threshold"]
+
+
+def judge(words: Sequence[str], *, script: str | None) -> list[Section]:
+    """Sections about the flags and the statistics that they lead to; about all flags when none is given."""
+    if not words:
+        return [_in_general(), Section("statistics", _per_expert())]
+    found: list[Finding] = []
+    args = _parse(list(words), script, found)
+    if args is None:
+        return [Section("flags", found)]
+    et, config = _check(args, arguments.explicit_names(list(words)), found)
+    if et is None or not et.active:
+        return [Section("flags", found)]
+    return [Section("flags", found), Section("statistics", _statistics(args, et, config))]
+
+
+def _in_general() -> Section:
+    found = [
+        Finding(NOTE, "", "no flags given: these are refused, whatever the rest. Give your command's flags")
+    ]
+    found += [
+        Finding(PLAIN, rule.flag, f"{rule.why}. Instead: {rule.instead}.") for rule in compatibility.REFUSALS
+    ]
+    for need in compatibility.NEEDED:
+        flag = "--" + need.name.replace("_", "-")
+        found.append(Finding(PLAIN, flag, f"other than {need.value}: {need.why}. Left out, it is set."))
+    return Section("flags", found)
+
+
+# --- parsing ---
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _parse(words: list[str], script: str | None, found: list[Finding]) -> argparse.Namespace | None:
+    from megatron.training.arguments import add_megatron_arguments, parse_args
+
+    if "moe_router_type" not in arguments.explicit_names(words):
+        text = (
+            "your command has no --moe-router-type: checked as if it had --moe-router-type expert-threshold"
+        )
+        found.append(Finding(NOTE, "", text))
+        words = [*words, *ASKED_FOR]
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    try:
+        arguments.refuse_yaml(words)
+        _, unknown = arguments.add_arguments(add_megatron_arguments(parser)).parse_known_args(words)
+    except ConfigError as error:
+        found.append(Finding(REFUSED, "", str(error)))
+        return None
+    except Exception as error:  # a type function of the parser that does not answer with argparse's errors
+        found.append(Finding(REFUSED, "", f"Megatron's parser: {last_line(error)}"))
+        return None
+    _name_unknown(unknown, script, found)
+    # Megatron's parse_args adds what is not from the command line; it reads both from the process.
+    sys.argv = [script or "pretrain_gpt.py", *words]
+    os.environ["RANK"], given = "0", os.environ.get("WORLD_SIZE")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    try:
+        args = parse_args(arguments.add_arguments, ignore_unknown_args=True)
+    except (Exception, SystemExit) as error:
+        found.append(Finding(REFUSED, "", f"Megatron's parse_args: {_where(error)}"))
+        return None
+    if given is None:
+        args.world_size = _fewest_processes(args)
+        text = (
+            f"WORLD_SIZE is not set: {args.world_size} processes assumed, the fewest that these parallel "
+            "sizes need; WORLD_SIZE=... megatron-et check ... for your number"
+        )
+        found.append(Finding(NOTE, "", text))
+    # What check_pool and Megatron's own checks start from.
+    shards = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    args.data_parallel_size = max(args.world_size // shards, 1)
+    return args
+
+
+def _name_unknown(unknown: Sequence[str], script: str | None, found: list[Finding]) -> None:
+    flags = [word for word in unknown if word.startswith("-")]
+    if not unknown:
+        return
+    if flags and script is not None:
+        text = (
+            f"{' '.join(flags)}: no flag of this Megatron. Right only if {Path(script).name} adds it itself"
+        )
+        found.append(Finding(NOTE, "", text))
+    elif flags:
+        found.append(Finding(REFUSED, "", f"{' '.join(flags)}: no flag of this Megatron"))
+    else:
+        found.append(Finding(REFUSED, "", f"{' '.join(unknown)}: belongs to no flag"))
+
+
+def _fewest_processes(args: argparse.Namespace) -> int:
+    pipeline = args.pipeline_model_parallel_size
+    dense = args.tensor_model_parallel_size * args.context_parallel_size * pipeline
+    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return math.lcm(dense, expert_tensor * args.expert_model_parallel_size * pipeline)
+
+
+# --- judging ---
+
+
+def _check(
+    args: argparse.Namespace, explicit: set[str], found: list[Finding]
+) -> tuple[ExpertThresholdConfig | None, Any]:
+    """Our settings (None when they are refused) and Megatron's TransformerConfig (None when anything is)."""
+    if getattr(args, "use_checkpoint_args", False):
+        text = "--use-checkpoint-args: what comes from the checkpoint is not looked at here"
+        found.append(Finding(NOTE, "", text))
+    before = {need.name: getattr(args, need.name, None) for need in compatibility.NEEDED}
+    try:
+        et = arguments.prepare(args, explicit)
+    except ConfigError as error:
+        found += [Finding(REFUSED, "", sentence) for sentence in str(error).splitlines()]
+        found.append(Finding(PLAIN, "", "Megatron's own checks were left out: mend the above first"))
+        return _settings(args), None
+    if not et.active:
+        text = "--moe-router-type topk: this package leaves Megatron untouched, nothing to check"
+        found.append(Finding(OK, "", text))
+        return et, None
+    found.append(Finding(OK, "", f"none refused by this package ({_rule(args, et)})"))
+    changed = [f"{name}={getattr(args, name)}" for name in before if getattr(args, name) != before[name]]
+    if changed:
+        found.append(Finding(OK, "", f"set at start-up: {', '.join(changed)}"))
+    config = _megatrons_own(args, found)
+    if config is None:
+        return et, None
+    try:
+        arguments.check_pool(args, et)
+    except ConfigError as error:
+        found.append(Finding(REFUSED, "", str(error)))
+    if (sentence := arguments.endless_warmup(args, et)) is not None:
+        found.append(Finding(NOTE, "", sentence))
+    return et, config
+
+
+def _settings(args: argparse.Namespace) -> ExpertThresholdConfig | None:
+    """Our settings, if they are not what is refused."""
+    try:
+        return ExpertThresholdConfig.from_args(args)
+    except ConfigError:
+        return None
+
+
+def _rule(args: argparse.Namespace, et: ExpertThresholdConfig) -> str:
+    return (
+        f"{et.router_type}, target mean fan-out {args.moe_router_topk} of {args.num_experts} experts, "
+        f"warm-up {et.warmup_steps} global batches"
+    )
+
+
+def _megatrons_own(args: argparse.Namespace, found: list[Finding]) -> Any:
+    from megatron.training.arguments import core_transformer_config_from_args, validate_args
+
+    with _some_gpu(found):
+        try:
+            validate_args(args, dict(SCRIPT_DEFAULTS))
+            config = core_transformer_config_from_args(args)
+        except (Exception, SystemExit) as error:
+            text = f"Megatron's own checks, with this shell's environment variables: {_where(error)}"
+            found.append(Finding(REFUSED, "", text))
+            return None
+    found.append(Finding(OK, "", "none refused by Megatron's own checks"))
+    return config
+
+
+@contextlib.contextmanager
+def _some_gpu(found: list[Finding]) -> Iterator[None]:
+    """Megatron asks which GPU it is; without one it hears of a Hopper."""
+    cuda: Any = torch.cuda
+    if cuda.is_available():
+        yield
+        return
+    found.append(Finding(NOTE, "", "no GPU here: Megatron's own checks were run as for a Hopper (H100)"))
+    asked = {
+        "get_device_capability": lambda *_, **__: (9, 0),
+        "get_device_properties": lambda *_, **__: SimpleNamespace(name="H100", major=9, minor=0),
+    }
+    originals = {name: getattr(cuda, name) for name in asked}
+    try:
+        for name, answer in asked.items():
+            setattr(cuda, name, answer)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(cuda, name, original)
+
+
+def _where(error: BaseException) -> str:
+    """An error in one line, with the place: assertions of Megatron often have no text."""
+    *_, place = traceback.extract_tb(error.__traceback__)
+    says = last_line(error) if str(error) else f"{type(error).__name__}: {place.line}"
+    return f"{says} ({Path(place.filename).name}:{place.lineno})"
+
+
+# --- statistics ---
+
+QUANTILES: tuple[Quantile, ...] = get_args(Quantile)
+
+
+def _per_expert() -> list[Finding]:
+    found = []
+    for quantile in QUANTILES:
+        one, two = (sizes.router_bytes(experts, 1, quantile) for experts in (1, 2))
+        text = (
+            f"per expert and MoE layer {two.accumulated - one.accumulated} bytes on every rank, "
+            f"{sum(two.reduced) - sum(one.reduced)} bytes all-reduced per global batch ({_calls(two)} for "
+            f"all layers), {two.saved - one.saved} bytes in the checkpoint"
+        )
+        found.append(Finding(PLAIN, quantile, text))
+    return found
+
+
+def _calls(router: sizes.RouterBytes) -> str:
+    return f"{len(router.reduced)} call{'s' if len(router.reduced) > 1 else ''}"
+
+
+def _statistics(args: argparse.Namespace, et: ExpertThresholdConfig, config: Any) -> list[Finding]:
+    if not args.num_experts or not layers.known(args):
+        return [Finding(NOTE, "", "unknown without --num-layers and --num-experts")]
+    heads = layers.prediction_heads(args)
+    stages = [sum(layers.decoder(args)) + heads] if config is None else layers.per_stage(args, config)
+    total, most = sum(stages), max(stages)
+    text = f"{total} of {args.num_experts} experts each, one per MoE layer"
+    text += f", {heads} of them in MTP heads" if heads else ""
+    text += f"; pipeline stages hold {', '.join(map(str, stages))}" if len(stages) > 1 else ""
+    found = [Finding(PLAIN, "routers", text)]
+    if config is None and args.pipeline_model_parallel_size > 1:
+        found.append(Finding(NOTE, "", "split over pipeline stages unknown: all routers on one stage below"))
+    for quantile in QUANTILES:
+        one = sizes.router_bytes(args.num_experts, args.moe_router_topk, quantile)
+        text = (
+            f"{sizes.readable(one.saved * total)} in the checkpoint. A rank"
+            f"{' of the fullest stage' if len(stages) > 1 else ''}: "
+            f"{sizes.readable(one.accumulated * most)} of accumulators; all-reduced per global batch over "
+            f"tensor, context and data parallel ranks: {sizes.readable(sum(one.reduced) * most)} in "
+            f"{_calls(one)}, with copies of up to twice that meanwhile"
+        )
+        label = f"{quantile}{' *' if quantile == et.quantile else ''}"
+        found.append(Finding(PLAIN, label, text))
+    found.append(Finding(PLAIN, "", "* the --moe-et-quantile of your command"))
+    return found + _pool(args, et, most)
+
+
+def _pool(args: argparse.Namespace, et: ExpertThresholdConfig, routers: int) -> list[Finding]:
+    if et.pool != "global" or not routers:
+        return []
+    bounds = {1: "in the warm-up"}
+    if et.capacity_factor or et.warmup_anneal_steps:
+        bounds[2] = "under a capacity above 0"
+    each = ", ".join(
+        f"{sizes.readable(sizes.pool_bytes(args.num_experts, number) * routers)} {when}"
+        for number, when in bounds.items()
+    )
+    text = (
+        f"all-reduced in each forward pass of a micro-batch (one that recomputes activations included): "
+        f"{each}, in {sizes.pool_calls() * routers} calls"
+    )
+    return [Finding(PLAIN, "--moe-et-pool global", text)]

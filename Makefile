@@ -5,7 +5,8 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup quickstart test test-unit test-distributed lint format docs gpu-check lock clean
+.PHONY: help setup quickstart test test-unit test-distributed test-versions lint format docs gpu-check check-patches check-stock-scripts \
+  upstream-tests lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -19,15 +20,19 @@ $(STAMP): requirements.lock pyproject.toml
 quickstart: setup  ## build a corpus, pretrain a small MoE GPT through real Megatron, resume it, draw the report
 	@$(PY) examples/quickstart.py $(QUICKSTART_ARGS)
 
-test: setup  ## lint and all tests (unit, distributed; gpu tests skip themselves without a GPU)
+test: setup  ## lint and all tests (unit, distributed; gpu tests skip themselves without a GPU), on all versions
 	@$(MAKE) --no-print-directory lint
 	$(PY) -m pytest $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-versions
 
 test-unit: setup  ## the tests that need seconds
 	$(PY) -m pytest tests/unit $(PYTEST_ARGS)
 
 test-distributed: setup  ## torchrun + gloo on real Megatron, 2 and 4 processes
 	$(PY) -m pytest tests/distributed $(PYTEST_ARGS)
+
+test-versions: setup  ## tests on megatron-core 0.16.1, 0.17.1 and 0.18.2, each a small wheel over this environment
+	@bash .ci/test_versions $(VENV) $(PYTEST_ARGS)
 
 lint: setup  ## ruff format check, ruff, mypy
 	$(VENV)/bin/ruff format --check .
@@ -41,6 +46,18 @@ format: setup  ## rewrite the code in the house format
 gpu-check:  ## the gpu suite on this machine's GPU; writes its rows into docs/verified.md
 	@$(if $(wildcard $(PY)),$(PY),python3) .ci/gpu_check.py $(GPU_CHECK_ARGS)
 
+MEGATRON_ARGS = $(if $(MEGATRON),--megatron $(MEGATRON)) $(if $(TAGS),--tags $(TAGS)) $(if $(MAIN),--main $(MAIN))
+
+check-patches: setup  ## MEGATRON=/path/to/Megatron-LM: apply each patch to its tag, train two steps with it
+	@$(PY) -m patches.check $(MEGATRON_ARGS)
+
+check-stock-scripts: setup  ## MEGATRON=/path/to/Megatron-LM: each tag's stock scripts through the launcher
+	@$(PY) -m patches.stock_scripts $(MEGATRON_ARGS)
+
+upstream-tests:  ## Megatron's own MoE unit tests against our router: MEGATRON=/path/to/Megatron-LM [UPSTREAM_ARGS=...]
+	@$(if $(MEGATRON),,echo "Use: make upstream-tests MEGATRON=/path/to/Megatron-LM (a checkout)" >&2; exit 2;) \
+	  $(if $(wildcard $(PY)),$(PY),python3) -m tests.upstream.run "$(MEGATRON)" $(UPSTREAM_ARGS)
+
 docs: setup  ## write docs/flags.md and the README's picture again
 	$(PY) docs/flags.py
 	$(PY) docs/picture.py
@@ -50,4 +67,4 @@ lock: setup  ## resolve requirements.lock again (needs uv on the PATH)
 	  --no-emit-package megatron-et --no-header --upgrade -o requirements.lock
 
 clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .layers build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

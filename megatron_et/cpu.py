@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_et.host import wheel
+from megatron_et.host.versions import checked_versions
 from megatron_et.rank_zero import say
 
 ENV = "MEGATRON_ET_CPU"
@@ -432,7 +433,9 @@ class _RepairOnImport(importlib.abc.MetaPathFinder):
             try:
                 repair(module)
             except AttributeError as error:
-                raise ImportError(f"megatron_et.cpu is written for megatron-core 0.19.2: {error}") from error
+                raise ImportError(
+                    f"megatron_et.cpu was written for megatron-core {checked_versions()}: {error}"
+                ) from error
 
         spec.loader.exec_module = execute_and_repair  # type: ignore[method-assign]
         return spec

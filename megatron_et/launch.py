@@ -7,14 +7,21 @@ from megatron_et.rank_zero import say
 
 _QUESTIONS = {"-h", "--help"}
 
+_prepared = False
+
 
 def prepare_process() -> None:
     """Make this process ready for a Megatron script: the CPU backend if MEGATRON_ET_CPU asks for it, then
     install().
 
-    Call it before anything imports Megatron. On the CPU backend the Megatron flags that a CPU run needs are
-    put in front of the user's, who can still override them.
+    Call it before anything imports Megatron, and in a script of your own below `if __name__ == "__main__":`,
+    because checkpoint writers import the script again. On the CPU backend the Megatron flags that a CPU run
+    needs are put in front of the user's, who can still override them. Idempotent: a patched script
+    (patches/) may be run through the launcher, too.
     """
+    global _prepared
+    if _prepared:
+        return
     try:
         on_cpu = cpu.requested()
     except ValueError as error:
@@ -29,6 +36,7 @@ def prepare_process() -> None:
     from megatron_et import install
 
     install()
+    _prepared = True
 
 
 def _require_gpu() -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from megatron_et.cpu import CPU_ARGS
 from tests.launch import TAIL, torchrun, words
+from tests.megatron_here import needs_training
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, needs_training]
 
 HERE = Path(__file__).parent
 

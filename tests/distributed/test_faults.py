@@ -19,8 +19,9 @@ from benchmarks.faults.comparison import (
     compare_trace,
 )
 from tests.launch import ROOT, TAIL
+from tests.megatron_here import needs_training
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, needs_training]
 
 ITERATIONS = 12
 

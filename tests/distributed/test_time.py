@@ -18,8 +18,9 @@ from tests.distributed.runs import (
     pretrain,
     router_counters,
 )
+from tests.megatron_here import needs_training
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, needs_training]
 
 EP2 = "--expert-model-parallel-size 2 "
 EP4 = "--expert-model-parallel-size 4 "
@@ -82,6 +83,7 @@ def test_the_rerun_state_machine_leaves_no_trace(straight: tuple[Run, Path], tmp
     goes_on_as(straight, resumed, tmp_path, first)
 
 
+@pytest.mark.smoke
 def test_overflow_skipped_steps_leave_no_trace(tmp_path: Path) -> None:
     """fp16 with a loss scale that is far too large, and grows again into overflow every few steps."""
     steps = 16

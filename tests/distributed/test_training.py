@@ -19,8 +19,9 @@ from tests.distributed.runs import (
     pretrain,
     router_counters,
 )
+from tests.megatron_here import needs_training
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, needs_training]
 
 HERE = Path(__file__).parent
 EP2 = "--expert-model-parallel-size 2 "
@@ -60,6 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     return pretrain(args, folder=folder), folder
 
 
+@pytest.mark.smoke
 def test_base_run_is_healthy(base: tuple[Run, Path]) -> None:
     run, _ = base
     check_healthy(run)
@@ -69,6 +71,7 @@ def test_base_run_is_healthy(base: tuple[Run, Path]) -> None:
     assert "moe_router_score_function=sigmoid, moe_router_dtype=fp32" in said[0]
 
 
+@pytest.mark.smoke
 def test_tensorboard_has_every_metric_per_layer_and_overall(base: tuple[Run, Path]) -> None:
     run, folder = base
     events = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0}).Reload()
@@ -85,6 +88,7 @@ def test_tensorboard_has_every_metric_per_layer_and_overall(base: tuple[Run, Pat
     assert gap[7] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.smoke
 def test_resume_is_bitwise(base: tuple[Run, Path], tmp_path: Path) -> None:
     """I4: in new processes, from the checkpoint in the middle of the run: losses, thresholds and weights to
     the bit."""
@@ -102,6 +106,7 @@ def test_resume_is_bitwise(base: tuple[Run, Path], tmp_path: Path) -> None:
     assert_same_tensors(checkpoint_tensors(folder, 10), checkpoint_tensors(tmp_path, 10))
 
 
+@pytest.mark.smoke
 def test_checkpoint_holds_fp32_thresholds_and_counters(base: tuple[Run, Path]) -> None:
     run, folder = base
     tensors = checkpoint_tensors(folder, 10)
@@ -156,6 +161,7 @@ def test_half_precision(flags: str, tmp_path: Path) -> None:
     check_healthy(pretrain(f"{EP2} {flags} --train-iters {ITERATIONS}", folder=tmp_path))
 
 
+@pytest.mark.smoke
 def test_a_multi_token_prediction_head_has_thresholds_of_its_own(tmp_path: Path) -> None:
     run = pretrain(f"{EP2} --train-iters 6 --mtp-num-layers 1", folder=tmp_path)
     for step, record in run.trace.items():
@@ -183,6 +189,7 @@ def test_expert_choice_trains_on_target_and_evaluates_by_thresholds(tmp_path: Pa
     assert float(run.evaluation[0]) < float(run.loss[1])
 
 
+@pytest.mark.smoke
 def test_topk_is_plain_megatron_to_the_bit(tmp_path: Path) -> None:
     """--moe-router-type topk (and leaving it out): the same script with and without our launcher."""
     baseline = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
@@ -197,6 +204,7 @@ def test_topk_is_plain_megatron_to_the_bit(tmp_path: Path) -> None:
     assert_same_tensors(checkpoint_tensors(tmp_path / "plain", 6), checkpoint_tensors(tmp_path / "ours", 6))
 
 
+@pytest.mark.smoke
 def test_a_topk_checkpoint_explains_itself_and_starts_the_warmup(tmp_path: Path) -> None:
     topk = pretrain(f"{EP2} --train-iters 6 --save {tmp_path}/topk", et=[])
     et = pretrain(
@@ -216,6 +224,7 @@ def test_a_topk_checkpoint_explains_itself_and_starts_the_warmup(tmp_path: Path)
     assert float(back.loss[11]) < float(topk.loss[1])
 
 
+@pytest.mark.smoke
 def test_use_checkpoint_args_takes_the_routing_along(base: tuple[Run, Path], tmp_path: Path) -> None:
     _, folder = base
     run = pretrain(

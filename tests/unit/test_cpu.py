@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_et import cpu
+from tests.megatron_here import needs_training
 
 
 def run(code: str, **env: str) -> str:
@@ -219,6 +220,7 @@ def test_a_megatron_without_a_repaired_name_is_refused_by_name() -> None:
     assert "'megatron.core.transformer.torch_norm' has no attribute 'not_there'" in output
 
 
+@needs_training
 def test_megatron_training_is_quiet_without_transformer_engine_and_knows_the_flags() -> None:
     output = run(
         """

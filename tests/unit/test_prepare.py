@@ -1,6 +1,7 @@
 """`megatron-et prepare`: tokenizer and dataset as Megatron reads them, bad records, errors, workers."""
 
 import argparse
+import importlib.util
 import json
 import re
 import subprocess
@@ -17,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_et.cli import main
 from megatron_et.data import reading
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.reading import PrepareError, find_inputs
 from megatron_et.data.tokenizer import _SENTENCE_CHARS, _sample_sentences, train_tokenizer
+from tests.megatron_here import absent
 
 VOCAB_SIZE = 512
 # U+2581 is SentencePiece's own sign for a blank.
@@ -92,8 +93,13 @@ def megatron_tokenizer(model: Path) -> MegatronTokenizerText:
         tokenizer_sentencepiece_legacy=False,
         special_tokens=None,
         metadata_path=None,
+        tokenizer_special_tokens=None,
         pad_vocab_size=False,
     )
+    if importlib.util.find_spec("megatron.core.tokenizers.utils") is None:
+        absent("tokenizers in megatron.core")
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
     return build_tokenizer(arguments)
 
 

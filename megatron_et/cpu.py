@@ -239,6 +239,9 @@ def _replace_tensor_functions() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # everywhere: batches, models, reduced losses.
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    # core/pipeline_parallel/utils.py:ScheduleNode (--overlap-moe-expert-parallel-comm). No stream outlives a
+    # call here.
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
 
     # core/optimizer/optimizer.py, distrib_optimizer.py: know parameters by 'torch.cuda.FloatTensor' etc.
     original_type = torch.Tensor.type
@@ -366,11 +369,14 @@ def _repair_distributed_optimizer(distrib_optimizer: Any) -> None:
 
     # It copies into parameters, in fp32 without no_grad, and into `step`, for which fully reshardable
     # checkpoints have no value and the others a stale one. load_state_dict has set the right one already:
-    # None means leave it.
+    # copied onto itself it stays.
     @functools.wraps(original_set)
     @torch.no_grad()
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        original_set(self, model_param, {**tensors, "step": None})
+        group, position = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][position]
+        step = self.optimizer.state[main_param]["step"]
+        original_set(self, model_param, {**tensors, "step": step})
 
     cls.state_dict, cls.load_state_dict = state_dict, load_state_dict
     cls._set_main_param_and_optimizer_states = set_states
@@ -405,9 +411,17 @@ def _repair_gating(moe_utils: Any) -> None:
         moe_utils.te_general_gemm = None
 
 
+def _repair_inference_layers(inference_layers: Any) -> None:
+    """core/tensor_parallel/inference_layers.py of main (August 2026) asks multi-token-prediction layers
+    whether they are of classes that are None without Transformer Engine: a TypeError. They are not."""
+    if hasattr(inference_layers, "is_inference_column_parallel_linear"):
+        inference_layers.is_inference_column_parallel_linear = lambda _: False
+
+
 _REPAIRS: dict[str, Callable[[Any], None]] = {
     "megatron.core.transformer.moe.moe_utils": _repair_gating,
     "megatron.core.datasets.utils": wheel.repair,
+    "megatron.core.tensor_parallel.inference_layers": _repair_inference_layers,
     "megatron.core.transformer.torch_norm": _repair_norm,
     "megatron.core.optimizer.distrib_optimizer": _repair_distributed_optimizer,
     "megatron.core.pipeline_parallel.schedules": _repair_schedules,

@@ -7,7 +7,7 @@ unfused path.
 """
 
 import copy
-from typing import Any
+from typing import Any, override
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -33,6 +33,7 @@ class VariableFanoutAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         super().__init__(*args, config=config, **kwargs)
         self._own_config = config
 
+    @override
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """As Megatron's, for a routing map [tokens, experts] with any number of ones in a row.
 
@@ -46,6 +47,7 @@ class VariableFanoutAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
             self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_local_expert
 
+    @override
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -63,6 +65,7 @@ class VariableFanoutAllGatherTokenDispatcher(MoEAllGatherTokenDispatcher):
         super().__init__(*args, config=config, **kwargs)
         self._own_config = config
 
+    @override
     def dispatch_postprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

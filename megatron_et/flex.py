@@ -12,7 +12,7 @@ Dimension letters: T tokens of this rank's micro-batch, E experts, N experts tim
 expert by expert tensor parallelism, S slots.
 """
 
-from typing import Any
+from typing import Any, override
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher, _DeepepManager
@@ -27,6 +27,7 @@ class VariableFanoutDeepepManager(_DeepepManager):
     `router_topk` is the number of slots S. Shapes stay static and nothing waits for the device here.
     """
 
+    @override
     def setup_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
         """Set `token_indices` [T, S] int64, -1 in empty slots, and `token_probs` [T, S], 0 there.
 
@@ -42,6 +43,7 @@ class VariableFanoutDeepepManager(_DeepepManager):
         self.token_probs = gates_TS.masked_fill(empty_TS, 0.0)
         self.token_indices = experts_TS.masked_fill(empty_TS, -1)
 
+    @override
     def get_permuted_hidden_states_by_experts(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ Dimension letters: T tokens of this rank's micro-batch, E experts.
 """
 
 import inspect
-from typing import Any
+from typing import Any, override
 
 import torch
 from megatron.core.transformer.moe.moe_utils import get_capacity
@@ -118,6 +118,7 @@ class ExpertThresholdRouter(TopKRouter):
             self._committed_batches_on_host = int(self.committed_batches.item())
         return self._committed_batches_on_host
 
+    @override
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Megatron's gate, which cannot reshape the logits of a rank that holds no token at all.
 
@@ -132,6 +133,7 @@ class ExpertThresholdRouter(TopKRouter):
         bias = None if self.bias is None else self.bias.float()
         return torch.nn.functional.linear(input.float(), self.weight.float(), bias)
 
+    @override
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,6 +244,7 @@ class ExpertThresholdRouter(TopKRouter):
         """Names of this class's own entries in a state dict."""
         return [prefix + name for name in (*_THRESHOLD_BUFFERS, "committed_batches")]
 
+    @override
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's sharded state dict; without our entries while a checkpoint that has none is being
         loaded."""
@@ -251,6 +254,7 @@ class ExpertThresholdRouter(TopKRouter):
                 state.pop(key, None)
         return state
 
+    @override
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:

@@ -16,8 +16,9 @@ PINNED = re.search(
 NEWEST = PINNED is not None and PINNED[1] == VERSION
 """Whether this is the version that requirements.lock pins: there, nothing may be skipped for being absent."""
 
+HAS_TRAINING = importlib.util.find_spec("megatron.training") is not None
 needs_training = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None,
+    not HAS_TRAINING,
     reason=f"the wheel of megatron-core {VERSION} has no megatron.training",
 )
 needs_newest = pytest.mark.skipif(

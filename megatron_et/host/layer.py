@@ -23,8 +23,16 @@ def install() -> None:
     )
 
     seam.find(TOKEN_DISPATCHER, "_DeepepManager")  # the base of flex.py's, refused by name if it is gone
-    from megatron_et.flex import VariableFanoutFlexTokenDispatcher
+    from megatron_et.flex import VariableFanoutDeepepManager, VariableFanoutFlexTokenDispatcher
+    from megatron_et.router import ExpertThresholdRouter
 
+    seam.require_overridden(
+        ExpertThresholdRouter,
+        VariableFanoutAlltoAllTokenDispatcher,
+        VariableFanoutAllGatherTokenDispatcher,
+        VariableFanoutDeepepManager,
+        VariableFanoutFlexTokenDispatcher,
+    )
     # Only the names that MoELayer builds from: the classes themselves stay what isinstance and Megatron's
     # class attributes expect.
     for name, ours in (
@@ -38,7 +46,7 @@ def install() -> None:
 def _moe_layer_init(original: Callable[..., None]) -> Callable[..., None]:
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_et.router import ExpertThresholdRouter, resolve_config
+    from megatron_et.router import CONFIG_ATTRIBUTE, ExpertThresholdRouter, resolve_config
 
     def __init__(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
         if submodules is not None and resolve_config(config).active:
@@ -53,6 +61,13 @@ def _moe_layer_init(original: Callable[..., None]) -> Callable[..., None]:
                     "--moe-router-type topk"
                 )
         original(self, config, submodules, *args, **kwargs)
+        built = getattr(self, "router", None)
+        if isinstance(built, ExpertThresholdRouter) and built.et_config != resolve_config(config):
+            raise ConfigError(
+                f"The layer spec gives ExpertThresholdRouter the settings {built.et_config}, and the "
+                f"dispatcher goes by {resolve_config(config)}: set config.{CONFIG_ATTRIBUTE}, which both "
+                "read, instead of et_config"
+            )
 
     return __init__
 

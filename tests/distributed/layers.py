@@ -292,7 +292,6 @@ def check_expert_parallel_overlap() -> None:
     from megatron.core.transformer.module import Float16Module
 
     start(expert_model_parallel_size=int(WORLD))
-    torch.Tensor.record_stream = lambda *_: None  # no CPU tensor has it
     config = moe_config(
         num_layers=2,
         expert_model_parallel_size=int(WORLD),
@@ -689,6 +688,42 @@ def check_one_expert() -> None:
         usage = layer.router.statistics.counts[0].item()
         assert usage == SEQUENCE * BATCH if step == 0 else usage > 0
         megatron_et.finalize_thresholds(layer)
+
+
+def check_foreign_routers() -> None:
+    """A layer spec with a router of its own, or with settings that the dispatcher does not see, is refused;
+    one that names our router is as good as one that leaves it to us."""
+    import dataclasses
+    import functools
+
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_et.config import ConfigError, ExpertThresholdConfig
+    from megatron_et.router import ExpertThresholdRouter
+
+    start()
+    layer = moe_layer()
+    config = layer.config
+
+    def build(router: Any) -> Any:
+        return MoELayer(config, dataclasses.replace(layer.submodules, router=router), layer_number=1)
+
+    class Foreign(TopKRouter): ...
+
+    with pytest.raises(ConfigError, match="brings its own router Foreign: use a spec"):
+        build(Foreign)
+    assert type(build(ExpertThresholdRouter).router) is ExpertThresholdRouter
+    assert type(build(functools.partial(ExpertThresholdRouter)).router) is ExpertThresholdRouter
+    other = ExpertThresholdConfig(router_type="expert-threshold", warmup_steps=7)
+    with pytest.raises(ConfigError, match=r"warmup_steps=7.*set config.expert_threshold"):
+        build(functools.partial(ExpertThresholdRouter, et_config=other))
+    # Without settings on the config Megatron's own dispatchers would take what fixed top-k fills.
+    del config.expert_threshold
+    with pytest.raises(ConfigError, match=r"set config.expert_threshold"):
+        build(functools.partial(ExpertThresholdRouter, et_config=other))
+    config.expert_threshold = other
+    assert build(functools.partial(ExpertThresholdRouter, et_config=other)).router.et_config == other
 
 
 def check_odd_sizes() -> None:

@@ -39,6 +39,7 @@ CHECKS = [
     (1, "padding_mask"),
     (1, "one_expert"),
     (1, "odd_sizes"),
+    (1, "foreign_routers"),
 ]
 
 

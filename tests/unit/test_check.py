@@ -27,6 +27,7 @@ from megatron_et.quantile import kth_largest_of_ranks
 from megatron_et.statistics import RouterStatistics
 from megatron_et.synchronize import start_reduction
 from tests.launch import free_port
+from tests.megatron_here import HAS_TRAINING, absent, needs_training
 
 # Megatron says at every import what is not installed.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -226,6 +227,7 @@ def test_a_version_that_nobody_checked_is_said(monkeypatch: pytest.MonkeyPatch) 
     assert found[0].text.startswith("0.99.0: checked were 0.")
 
 
+@needs_training
 def test_without_megatron_training_only_the_layer_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"arguments", "checkpoint", "grads", "step", "logging"}
     assert training < set(host.seams())
@@ -267,6 +269,8 @@ def test_flags_without_megatron_training_cannot_be_checked() -> None:
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
     """Findings about a command line."""
+    if not HAS_TRAINING:
+        absent("megatron.training, whose parser it asks")
     monkeypatch.setattr(sys, "argv", ["x"])
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
@@ -584,6 +588,7 @@ def test_hybrid_segments_take_turns() -> None:
 # --- all of it ---
 
 
+@needs_training
 def test_the_whole_command() -> None:
     """From the shell, on the CPU backend, with one refusal: the exit status, and no traceback."""
     ran = run(

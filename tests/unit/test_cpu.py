@@ -122,6 +122,7 @@ def test_torch_cuda_is_the_cpu() -> None:
         assert tensor.type(torch.int64).dtype == torch.int64
 
         stream, event = torch.cuda.Stream(), torch.cuda.Event(enable_timing=True)
+        tensor.record_stream(stream)
         with torch.cuda.stream(stream) as entered:
             assert entered is stream
         stream.wait_stream(torch.cuda.current_stream())
@@ -184,6 +185,27 @@ def test_norm_under_sequence_parallelism() -> None:
     )
 
 
+def test_inference_layers_need_no_transformer_engine_to_say_no() -> None:
+    run(
+        """
+        from types import SimpleNamespace
+        from megatron_et import cpu
+        cpu.install()
+        try:
+            from megatron.core.tensor_parallel import inference_layers
+        except ImportError:  # 0.16
+            inference_layers = SimpleNamespace()
+        # Newer ones ask isinstance() about classes that are None without Transformer Engine.
+        ask = lambda module: isinstance(module, None)
+        classless = SimpleNamespace(is_inference_column_parallel_linear=ask)
+        cpu._repair_inference_layers(classless)
+        for module in (classless, inference_layers):
+            ask = getattr(module, "is_inference_column_parallel_linear", lambda module: False)
+            assert ask(object()) is False
+        """
+    )
+
+
 def test_two_pipeline_stages_with_virtual_stages_need_overlap() -> None:
     output = run(
         """
@@ -211,7 +233,7 @@ def test_a_megatron_without_a_repaired_name_is_refused_by_name() -> None:
         def repair(module): module.not_there
         cpu._REPAIRS["megatron.core.transformer.torch_norm"] = repair
         try:
-            import megatron.core
+            import megatron.core.transformer.torch_norm
         except ImportError as error:
             print(error)
         """

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from megatron_et.metrics import METRICS, PHASES, LayerBatch, overall, pack, width
 from megatron_et.report import read
 from megatron_et.statistics import BatchCounts, BatchRecord
+from tests.megatron_here import needs_training
 
 # Megatron says at every import what is not installed.
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\.")
@@ -347,6 +348,7 @@ def traced(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@needs_training
 def test_console_trace_and_writers_keep_their_own_intervals(
     one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -359,6 +361,7 @@ def test_console_trace_and_writers_keep_their_own_intervals(
     assert all("phase threshold | fan-out mean 1.000 max 1" in line for line in lines)
 
 
+@needs_training
 def test_every_rank_gathers_and_only_the_last_writes(
     one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -369,6 +372,7 @@ def test_every_rank_gathers_and_only_the_last_writes(
     assert (traced(tmp_path), due.written, capsys.readouterr().out) == ([], [], "")
 
 
+@needs_training
 def test_nothing_is_gathered_for_writers_that_are_not_there(
     one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -381,6 +385,7 @@ def test_nothing_is_gathered_for_writers_that_are_not_there(
     assert due.written == [6, 12]
 
 
+@needs_training
 def test_topk_logs_nothing(
     one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,12 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize(
     ("processes", "check"),
-    [(2, "deepep"), (2, "hybridep"), (4, "expert_tensor_parallel"), (2, "empty_fused_permutation")],
+    [
+        pytest.param(2, "deepep", marks=pytest.mark.smoke),
+        pytest.param(2, "hybridep", marks=pytest.mark.smoke),
+        (4, "expert_tensor_parallel"),
+        (2, "empty_fused_permutation"),
+    ],
 )
 def test_flex(processes: int, check: str) -> None:
     run = torchrun(["-m", "tests.distributed.flex_layers", check], processes, timeout=180)

@@ -5,6 +5,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import types
@@ -279,6 +280,8 @@ def test_install_twice_binds_each_symbol_once() -> None:
     # The places without which thresholds would not route, move, or be asked for.
     endings = ("MoELayer.__init__", "add_megatron_arguments", "validate_args", "finalize_model_grads")
     assert all(any(name.endswith(f".{ending}") for name in bound) for ending in (*endings, "train_step"))
+    table = re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "versions.md").read_text(), re.MULTILINE)
+    assert [name for name in bound if not name.endswith(tuple(f".{symbol}" for symbol in table))] == []
 
 
 # A wrong Megatron: one symbol is gone before install() looks for it.

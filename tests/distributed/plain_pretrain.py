@@ -1,4 +1,5 @@
-"""Megatron's own GPT through megatron.training.pretrain on mock data: of ours, the CPU backend only.
+"""Megatron's own GPT through megatron.training.pretrain on mock data: of ours, the CPU backend only (and, on
+Megatrons that leave it to scripts, how the model is built).
 
 torchrun --nproc-per-node 2 tests/distributed/plain_pretrain.py MEGATRON_ARGS...
 """
@@ -51,10 +52,17 @@ if __name__ == "__main__":  # the guard that spawned checkpoint writers need
     cpu.install()
 
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training import argument_utils, pretrain
 
-    args = parse_and_validate_args()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-    pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+    if hasattr(argument_utils, "gpt_config_from_args"):
+        from megatron.training.arguments import parse_and_validate_args
+
+        args = parse_and_validate_args()
+        config = argument_utils.pretrain_cfg_container_from_args(
+            args, argument_utils.gpt_config_from_args(args)
+        )
+        pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
+    else:
+        from megatron_et import gpt, gpt_versions
+
+        gpt_versions.start(datasets, forward_step, gpt.embedding_ranks, lambda _: None)

@@ -15,6 +15,7 @@ from tests.distributed.runs import (
     MOE_LAYERS,
     Run,
     assert_same_tensors,
+    assert_thresholds_replay,
     checkpoint_tensors,
     pretrain,
     router_counters,
@@ -33,7 +34,8 @@ TARGET = 2 / 8
 def check_healthy(
     run: Run, *, warmup: int = 4, iterations: int = ITERATIONS, loss_falls: float = 0.15
 ) -> None:
-    """Loss falls, every layer is logged, warm-up loads are exactly on target, thresholds route afterwards."""
+    """Loss falls, every layer is logged, warm-up loads are exactly on target, thresholds route afterwards
+    and are the EMA of the cutoffs."""
     losses = [float(run.loss[i]) for i in range(1, iterations + 1)]
     assert losses[-1] < losses[0] - loss_falls, losses
     assert sorted(run.trace) == list(range(1, iterations + 1))
@@ -46,10 +48,13 @@ def check_healthy(
             if step <= warmup:
                 assert layer["usage"] == [TARGET] * 8
             else:
-                assert 0.5 * 2 < sum(layer["usage"]) < 1.6 * 2
+                # The EMA lags behind a model that learns in ten steps. How far depends on its initial
+                # weights, and they on the Megatron.
+                assert 0.5 * 2 < sum(layer["usage"]) < 1.8 * 2
             assert all(value is not None for value in layer["cutoff"])
             if step > 1:
                 assert all(value is not None for value in layer["threshold"])
+    assert_thresholds_replay(run)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ names exist and what their defaults are: a rule for a misspelled name would neve
 import argparse
 import copy
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection
 from functools import cache
@@ -152,8 +153,9 @@ def parse(line: str = "", *, moe: bool = True) -> argparse.Namespace:
     options = {option for action in _parser()._actions for option in action.option_strings}
     if unknown := [word for word in words if word.startswith("--") and word not in options]:
         absent(f"flag {unknown[0]}")
-    if "ncclep" in words and "ncclep" not in (_choices("--moe-flex-dispatcher-backend") or ()):
-        absent("NCCL-EP")
+    for option, value in itertools.pairwise(words):
+        if option.startswith("--") and value not in (_choices(option) or (value,)):
+            absent(f"{option} {value}")
     return _parser().parse_args([*(MOE if moe else []), *words])
 
 

@@ -15,10 +15,11 @@ if __name__ == "__main__":  # the guard that spawned checkpoint writers need
 
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training import arguments
 
     from megatron_et import gpt
 
-    parse, get_batch = gpt.parse_and_validate_args, gpt.get_batch
+    parse, get_batch = arguments.parse_and_validate_args, gpt.get_batch
     calls = count()
 
     def parse_varying(*rest: Any, **kw: Any) -> argparse.Namespace:
@@ -35,6 +36,6 @@ if __name__ == "__main__":  # the guard that spawned checkpoint writers need
         shorter = {name: None if value is None else value[:, :size] for name, value in fields.items()}
         return {**shorter, "attention_mask": None if mask is None else mask[..., :size, :size]}
 
-    gpt.parse_and_validate_args = parse_varying
+    arguments.parse_and_validate_args = parse_varying
     gpt.get_batch = get_shorter_batch
     gpt.pretrain_gpt()

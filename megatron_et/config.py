@@ -13,6 +13,7 @@ RouterType = Literal["topk", "expert-threshold", "expert-choice"]
 GateNormalization = Literal["none", "fanout"]
 Pool = Literal["microbatch", "global"]
 Quantile = Literal["histogram", "kth-largest"]
+Kernels = Literal["torch", "triton"]
 
 
 class ConfigError(ValueError):
@@ -88,6 +89,12 @@ class ExpertThresholdConfig:
     )
     gate_normalization: GateNormalization = _knob(
         "none", "--moe-et-gate-normalization", "fanout divides a token's gates by its fan-out (paper, E.4)"
+    )
+    kernels: Kernels = _knob(
+        "torch",
+        "--moe-et-kernels",
+        "what routes and counts: torch = tensor operations; triton = one fused kernel forward and one "
+        "backward, same map and counts bit for bit (GPU; tested in Triton's interpreter, not yet on a GPU)",
     )
     trace_dir: str | None = _knob(
         None,

@@ -35,6 +35,10 @@ class CutoffEstimator(Protocol):
         """Accumulate one micro-batch of `num_tokens` unpadded tokens; centers_E is where quantiles are
         expected."""
 
+    def histogram(self, centers_E: torch.Tensor) -> Histogram | None:
+        """The histogram that `add` counts into, for a kernel that counts in its place; None if there is
+        none."""
+
     def cutoffs(
         self, integers: torch.Tensor, reals: torch.Tensor, num_tokens: torch.Tensor, centers_E: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +72,10 @@ class KthLargestMean:
         self.reals.add_(cutoffs_E.where(cutoffs_E < torch.inf, 0.0))
         self.integers.add_((cutoffs_E < torch.inf).all())
 
+    def histogram(self, centers_E: torch.Tensor) -> Histogram | None:  # noqa: ARG002
+        """None."""
+        return None
+
     def cutoffs(
         self,
         integers: torch.Tensor,
@@ -98,8 +106,12 @@ class HistogramQuantile:
         centers_E: torch.Tensor,
     ) -> None:
         """Count the logits of this micro-batch."""
+        self.histogram(centers_E).add(logits_TE, padding_mask_T)
+
+    def histogram(self, centers_E: torch.Tensor) -> Histogram:
+        """The counts, in bins around the centres given."""
         self._histogram.centers_E = centers_E
-        self._histogram.add(logits_TE, padding_mask_T)
+        return self._histogram
 
     def cutoffs(
         self,

@@ -261,7 +261,7 @@ class Histogram:
         """
         half = self.bins // 2
         distance_TE = logits - self.centers_E
-        octave_TE = (distance_TE.abs().view(torch.int32) >> MANTISSA_SHIFT) - self._bits_of_first_octave
+        octave_TE = (distance_TE.abs().view(torch.int32) >> MANTISSA_SHIFT) - self.bits_of_first_octave
         magnitude_TE = octave_TE.clamp_(0, half - 1).long()
         bin_TE = torch.where(distance_TE >= 0, half + magnitude_TE, half - 1 - magnitude_TE)
         row_E = torch.arange(self.num_experts, device=logits.device) * self.bins
@@ -274,7 +274,9 @@ class Histogram:
         self.counts_EB.view(-1).index_add_(0, (bin_TE + row_E).reshape(-1), weight_TE.reshape(-1))
 
     @property
-    def _bits_of_first_octave(self) -> int:
+    def bits_of_first_octave(self) -> int:
+        """Upper bits (sign, exponent and four bits of mantissa) of the smallest distance that has a bin of
+        its own."""
         return (127 + self._octaves[0]) * BINS_PER_OCTAVE
 
     def merge(self, other: "Histogram") -> None:
@@ -311,6 +313,6 @@ class Histogram:
     def _edges(self) -> torch.Tensor:
         """Distances from the centre that bound the bins, ascending, [bins + 1] fp64."""
         steps = torch.arange(self.bins // 2 + 1, dtype=torch.int32, device=self.counts_EB.device)
-        positive = ((steps + self._bits_of_first_octave) << MANTISSA_SHIFT).view(torch.float32).double()
+        positive = ((steps + self.bits_of_first_octave) << MANTISSA_SHIFT).view(torch.float32).double()
         positive[0] = 0.0
         return torch.cat([-positive.flip(0), positive[1:]])

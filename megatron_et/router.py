@@ -15,6 +15,7 @@ from megatron_et.config import ConfigError, ExpertThresholdConfig
 from megatron_et.cuda_graphs import captures_router
 from megatron_et.dropping import drop_over_capacity
 from megatron_et.fanout import bounded
+from megatron_et.kernels import load_kernels
 from megatron_et.quantile import (
     Count,
     capacity_bounds,
@@ -109,6 +110,7 @@ class ExpertThresholdRouter(TopKRouter):
         )
         self.last_batch: BatchRecord | None = None
         self._in_graph = captures_router(config)
+        self._kernels = load_kernels(et_config, self.num_experts, self.thresholds.value)
 
     @property
     def num_committed_batches(self) -> int:
@@ -152,19 +154,30 @@ class ExpertThresholdRouter(TopKRouter):
         logits_TE = self.apply_z_loss(logits_TE, padding_mask=padding_mask_T)
         bounds = self._bounds(logits_TE.detach(), padding_mask_T) if self.training else None
         lower_E, upper_E = bounds if bounds is not None else (None, None)
-        gates_TE, routing_map_TE = expert_threshold(
-            logits_TE,
-            self.thresholds.value,
-            lower=lower_E,
-            upper=upper_E,
-            padding_mask=padding_mask_T,
-            max_fanout=self.et_config.max_fanout,
-            gate_normalization=self.et_config.gate_normalization,
-        )
+        settings: dict[str, Any] = {
+            "lower": lower_E,
+            "upper": upper_E,
+            "padding_mask": padding_mask_T,
+            "max_fanout": self.et_config.max_fanout,
+            "gate_normalization": self.et_config.gate_normalization,
+        }
         # With activation recompute the first forward runs without grad: each micro-batch is counted exactly
         # once.
-        if self.training and torch.is_grad_enabled():
-            self.statistics.add(logits_TE.detach(), routing_map_TE, self.thresholds, bounds, padding_mask_T)
+        counted = self.training and torch.is_grad_enabled()
+        thresholds_E = self.thresholds.value
+        if self._kernels is None:
+            gates_TE, routing_map_TE = expert_threshold(logits_TE, thresholds_E, **settings)
+            if counted:
+                self.statistics.add(
+                    logits_TE.detach(), routing_map_TE, self.thresholds, bounds, padding_mask_T
+                )
+        else:
+            counters = self.statistics.counters(self.thresholds) if counted else None
+            gates_TE, routing_map_TE = self._kernels.expert_threshold(
+                logits_TE, thresholds_E, **settings, counters=counters
+            )
+            if counters is not None and counters.histogram is None:
+                self.statistics.add_to_pool(logits_TE.detach(), self.thresholds, padding_mask_T)
         return self._for_dispatch(gates_TE, routing_map_TE)
 
     def _for_dispatch(

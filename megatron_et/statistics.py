@@ -10,6 +10,7 @@ import torch
 
 from megatron_et.config import Quantile
 from megatron_et.estimator import HistogramQuantile, make_estimator
+from megatron_et.quantile import Histogram
 from megatron_et.threshold import ThresholdEMA
 
 
@@ -57,6 +58,16 @@ class BatchRecord:
     """warmup, anneal or threshold."""
     restarted: torch.Tensor
     """[1] int64, experts whose EMA the guard started again in the batches before (threshold.RECENT)."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where a kernel counts a micro-batch; everything is added to."""
+
+    counts: torch.Tensor
+    """int64, laid out as BatchCounts."""
+    histogram: Histogram | None
+    """Of the logits; None where the estimator keeps none."""
 
 
 class RouterStatistics:
@@ -112,8 +123,18 @@ class RouterStatistics:
         now.nonfinite.add_((nonfinite_T * valid_T).sum())
         if bounds is not None:
             now.at_bound_E.add_((bounds[0] > thresholds.value) | (bounds[1] < thresholds.value))
-        valid = num_tokens if padding_mask_T is None else valid_T.sum()
-        self.estimator.add(logits_TE, valid, padding_mask_T, thresholds.last_cutoff)
+        self.add_to_pool(logits_TE, thresholds, padding_mask_T)
+
+    def add_to_pool(
+        self, logits_TE: torch.Tensor, thresholds: ThresholdEMA, padding_mask_T: torch.Tensor | None = None
+    ) -> None:
+        """The part of `add` that the quantile of the global batch needs; arguments as there."""
+        num_tokens = logits_TE.shape[0] if padding_mask_T is None else (~padding_mask_T).sum()
+        self.estimator.add(logits_TE, num_tokens, padding_mask_T, thresholds.last_cutoff)
+
+    def counters(self, thresholds: ThresholdEMA) -> Counters:
+        """Where a kernel counts in place of `add`; without a histogram there, `add_to_pool` must follow."""
+        return Counters(self.counts, self.estimator.histogram(thresholds.last_cutoff))
 
     def integers(self) -> torch.Tensor:
         """Everything that is summed as integers, flat int64."""

@@ -617,6 +617,56 @@ def check_capacity() -> None:
         assert routing_map.all() if thresholds < 0 else not routing_map.any()
 
 
+def check_fused_router(quantile: str) -> None:
+    """--moe-et-kernels triton, in Triton's interpreter: a layer routes, counts, learns and moves its
+    thresholds as with torch, through warm-up, capacity, padding and evaluation."""
+    import os
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    import megatron_et
+
+    start(expert_model_parallel_size=int(WORLD))
+    layers = [
+        moe_layer(
+            warmup=2,
+            capacity=0.5,
+            expert_model_parallel_size=int(WORLD),
+            et={"kernels": kernels, "quantile": quantile, "max_fanout": 3, "gate_normalization": "fanout"},
+        )
+        for kernels in ("torch", "triton")
+    ]
+    assert layers[0].router._kernels is None
+    assert layers[1].router._kernels is not None
+    layers[1].load_state_dict(layers[0].state_dict())
+    for step in range(4):
+        seen = []
+        for layer in layers:
+            layer.train().zero_grad()
+            x = inputs(step).requires_grad_()
+            padded = torch.zeros(BATCH, SEQUENCE, dtype=torch.bool)
+            padded[0, -step:] = step > 0
+            y, _ = layer(x, padding_mask=padded)
+            y.square().mean().backward()
+            counts = layer.router.statistics.integers().clone()
+            megatron_et.finalize_thresholds(layer)
+            with torch.no_grad():
+                evaluated = layer.eval()(inputs(99))[0]
+            seen.append(
+                (
+                    y,
+                    x.grad,
+                    layer.router.weight.grad,
+                    evaluated,
+                    layer.router.thresholds.value.clone(),
+                    counts,
+                )
+            )
+        (*torchs, torchs_counts), (*tritons, tritons_counts) = seen
+        assert torch.equal(torchs_counts, tritons_counts)
+        for expected, actual in zip(torchs, tritons, strict=True):
+            close(actual, expected)
+
+
 def check_bfloat16() -> None:
     """I7: under Float16Module thresholds stay fp32, and logits are compared in fp32."""
     from megatron.core.transformer.module import Float16Module

@@ -34,6 +34,8 @@ CHECKS = [
     (2, "global_pool"),
     (4, "global_pool"),
     (2, "capacity"),
+    (2, "fused_router histogram"),
+    (2, "fused_router kth-largest"),
     (2, "nonfinite_logits"),
     (1, "bfloat16"),
     (1, "padding_mask"),

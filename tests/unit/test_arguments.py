@@ -50,6 +50,7 @@ FLAGS = [
     "--moe-et-guard",
     "--moe-et-max-fanout",
     "--moe-et-gate-normalization",
+    "--moe-et-kernels",
     "--moe-et-trace-dir",
 ]
 MOE = "--num-experts 8 --moe-router-topk 2"
@@ -103,7 +104,7 @@ def test_values_arrive_in_the_config_with_their_types() -> None:
         "--moe-router-type expert-threshold --moe-et-ema-decay 0.99 --moe-et-warmup-steps 10 "
         "--moe-et-warmup-anneal-steps=5 --moe-et-capacity-factor 1 --moe-et-pool microbatch "
         "--moe-et-quantile kth-largest --moe-et-max-fanout 4 --moe-et-gate-normalization fanout "
-        "--moe-et-trace-dir traces"
+        "--moe-et-kernels triton --moe-et-trace-dir traces"
     )
     config = ExpertThresholdConfig.from_args(args)
     assert config == ExpertThresholdConfig(
@@ -116,6 +117,7 @@ def test_values_arrive_in_the_config_with_their_types() -> None:
         quantile="kth-largest",
         max_fanout=4,
         gate_normalization="fanout",
+        kernels="triton",
         trace_dir="traces",
     )
     assert type(config.capacity_factor) is float

@@ -1,0 +1,133 @@
+"""The fused router: `routing.expert_threshold` and the counts of `RouterStatistics.add` in one kernel, with
+its gradient.
+
+Dimension letters: T tokens, E experts.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from megatron_et.config import GateNormalization
+from megatron_et.kernels import route
+from megatron_et.statistics import Counters
+
+TILE = 4096
+"""Pairs of a token and an expert that one program takes."""
+MAX_EXPERTS = 4096
+MAX_TOKENS_OF_TILE = 256
+INTERPRETED = isinstance(route.forward, InterpretedFunction)
+"""TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly."""
+
+
+def expert_threshold(
+    logits: torch.Tensor,
+    thresholds: torch.Tensor,
+    *,
+    lower: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
+    max_fanout: int | None = None,
+    gate_normalization: GateNormalization = "none",
+    counters: Counters | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`routing.expert_threshold` in one pass; with `counters` it also counts, as `RouterStatistics.add`.
+
+    Map and counts are bitwise those of the oracle; gates are the sigmoid to 1 ulp.
+
+    Args:
+        logits: [tokens, experts], fp32, bf16 or fp16 (computed with in fp32), any strides, at most
+            MAX_EXPERTS experts.
+        thresholds, lower, upper: [experts] fp32; lower and upper both or none.
+        padding_mask, max_fanout, gate_normalization: as for the oracle.
+        counters: None counts nothing.
+
+    Returns:
+        gates [tokens, experts], dtype of the logits, and routing_map [tokens, experts] bool.
+    """
+    return _Route.apply(
+        logits, thresholds, lower, upper, padding_mask, max_fanout, gate_normalization == "fanout", counters
+    )
+
+
+def tile(num_experts: int) -> tuple[int, int]:
+    """BLOCK_T, BLOCK_E."""
+    block_e = max(triton.next_power_of_2(num_experts), 2)
+    return min(max(TILE // block_e, 1), MAX_TOKENS_OF_TILE), block_e
+
+
+class _Route(torch.autograd.Function):
+    """Saves the gates only: they are 0 off the map, and so is the gradient (that of a NaN logit, too)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        thresholds: torch.Tensor,
+        lower: torch.Tensor | None,
+        upper: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
+        max_fanout: int | None,
+        normalized: bool,
+        counters: Counters | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_tokens, num_experts = logits.shape
+        gates = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
+        routing_map = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=logits.device)
+        fanout = torch.empty(num_tokens if normalized else 0, dtype=torch.int32, device=logits.device)
+        histogram = None if counters is None else counters.histogram
+        block_t, block_e = tile(num_experts)
+        # One program at least: a micro-batch without tokens is counted, too.
+        route.forward[(max(triton.cdiv(num_tokens, block_t), 1),)](
+            logits,
+            thresholds,
+            lower,
+            upper,
+            None if padding_mask is None else padding_mask.contiguous().view(torch.uint8),
+            None if histogram is None else histogram.centers_E,
+            gates,
+            routing_map,
+            fanout,
+            None if counters is None else counters.counts,
+            None if histogram is None else histogram.counts_EB,
+            num_tokens,
+            num_experts,
+            *logits.stride(),
+            max_fanout or 0,
+            BOUNDED=lower is not None,
+            PADDED=padding_mask is not None,
+            LIMITED=max_fanout is not None and max_fanout < num_experts,
+            NORMALIZED=normalized,
+            COUNTED=counters is not None,
+            BINS=0 if histogram is None else histogram.bins,
+            FIRST=0 if histogram is None else histogram.bits_of_first_octave,
+            BLOCK_T=block_t,
+            BLOCK_E=block_e,
+        )
+        ctx.save_for_backward(gates, fanout)
+        ctx.normalized = normalized
+        ctx.mark_non_differentiable(routing_map)
+        return gates, routing_map
+
+    @staticmethod
+    def backward(ctx: Any, grad_gates: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        gates, fanout = ctx.saved_tensors
+        num_tokens, num_experts = gates.shape
+        grad_logits = torch.empty_like(gates)
+        if num_tokens > 0:
+            block_t, block_e = tile(num_experts)
+            route.backward[(triton.cdiv(num_tokens, block_t),)](
+                gates,
+                fanout,
+                grad_gates,
+                grad_logits,
+                num_tokens,
+                num_experts,
+                *grad_gates.stride(),
+                NORMALIZED=ctx.normalized,
+                BLOCK_T=block_t,
+                BLOCK_E=block_e,
+            )
+        return grad_logits, *[None] * 7

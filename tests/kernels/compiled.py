@@ -1,0 +1,56 @@
+"""Compiles the kernels to machine code for GPUs that need not be there: `python -m tests.kernels.compiled`.
+
+What the interpreter cannot see: types, layouts and instructions that a GPU has not.
+"""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_et.kernels import route
+from megatron_et.kernels.routed import tile
+
+GPUS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+POINTERS = {
+    "padding": "*u8", "routing_map": "*i1", "fanout": "*i32", "counts": "*i64", "histogram": "*i64",
+    "num_tokens": "i32", "num_experts": "i32", "stride_t": "i32", "stride_e": "i32", "max_fanout": "i32",
+}  # fmt: skip
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, gpu: str) -> None:
+    """Compile one kernel; raises what Triton or ptxas raises."""
+    own = dict.fromkeys(("logits", "gates", "grad_gates", "grad_logits"), f"*{dtype}")
+    signature = {
+        name: "constexpr" if name in constants else (own | POINTERS).get(name, "*fp32")
+        for name in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=places)
+    compiled = triton.compile(source, target=GPUTarget("cuda", GPUS[gpu], 32))
+    print(
+        f"compiled {gpu} {kernel.__name__} {dtype} {len(compiled.asm['cubin'])} bytes {constants}", flush=True
+    )
+
+
+def main() -> None:
+    """All GPUs with a common setting, and an H100 with all."""
+    plain = {"BOUNDED": False, "PADDED": False, "LIMITED": False, "NORMALIZED": False, "COUNTED": True}
+    none = {"lower": None, "upper": None, "padding": None}
+    bins = {"BINS": 1024, "FIRST": 1712}
+    full = {"BOUNDED": True, "PADDED": True, "LIMITED": True, "NORMALIZED": True, "COUNTED": True}
+    uncounted = {**plain, **none, "COUNTED": False, "BINS": 0, "FIRST": 0}
+    nowhere = {"centers": None, "counts": None, "histogram": None}
+    cases = [(gpu, 128, {**plain, **none, **bins}, "fp32") for gpu in GPUS]
+    cases += [("sm_90", experts, {**full, **bins}, "fp32") for experts in (1, 8, 256, 2304)]
+    cases += [("sm_90", 64, {**uncounted, **nowhere}, "fp32"), ("sm_90", 64, {**full, **bins}, "bf16")]
+    for gpu, experts, constants, dtype in cases:
+        blocks = dict(zip(("BLOCK_T", "BLOCK_E"), tile(experts), strict=True))
+        compile_kernel(route.forward, {**constants, **blocks}, dtype, gpu)
+        normalized = {"NORMALIZED": constants["NORMALIZED"]}
+        compile_kernel(route.backward, {**normalized, **blocks}, dtype, gpu)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The routing kernels in Triton's interpreter, on the CPU: `TRITON_INTERPRET=1 pytest tests/kernels`.
+
+`make test` runs it so (tests/unit/test_kernels.py); without the variable there is nothing to run here.
+"""
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+from tests.kernels.route_cases import NAMED, Case, check, check_every_sigmoid
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+
+
+@pytest.mark.parametrize("case", NAMED.values(), ids=NAMED)
+def test_named_cases(case: Case) -> None:
+    check(case, "cpu")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    case=st.builds(
+        Case,
+        tokens=st.integers(0, 70),
+        experts=st.integers(1, 40),
+        seed=st.integers(0, 10_000),
+        scale=st.sampled_from([0.0, 1e-30, 0.01, 1.0, 30.0, 1e30]),
+        bounded=st.booleans(),
+        padded=st.booleans(),
+        max_fanout=st.none() | st.integers(1, 41),
+        normalized=st.booleans(),
+        transposed=st.booleans(),
+    )
+)
+def test_any_case(case: Case) -> None:
+    check(case, "cpu")
+
+
+def test_every_sigmoid() -> None:
+    check_every_sigmoid("cpu")

@@ -1,0 +1,73 @@
+"""Triton kernels where there is no GPU: their suite in Triton's interpreter, machine code for GPUs that are
+not here, and when they are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_et.config import ConfigError, ExpertThresholdConfig
+from megatron_et.kernels import load_kernels
+
+ROOT = Path(__file__).parents[2]
+TRITON = ExpertThresholdConfig(router_type="expert-threshold", kernels="triton")
+
+
+def python(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """tests/kernels: the interpreter must be asked for before Triton is imported, so in a new process."""
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]
+    run = python(*command, TRITON_INTERPRET="1")
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
+
+
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    """To machine code of A100, H100 and B200, which needs none of them."""
+    run = python("-m", "tests.kernels.compiled", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    assert run.returncode == 0, run.stdout[-4000:]
+    compiled = [line for line in run.stdout.splitlines() if line.startswith("compiled ")]
+    assert {line.split()[1] for line in compiled} == {"sm_80", "sm_90", "sm_100"}
+
+
+def test_torch_is_the_default_and_imports_no_triton() -> None:
+    assert load_kernels(ExpertThresholdConfig(router_type="expert-threshold"), 8, torch.zeros(1)) is None
+    code = "import sys, megatron_et.kernels; print('triton' in sys.modules)"
+    assert python("-c", code).stdout.splitlines()[-1] == "False"
+
+
+def test_triton_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--moe-et-kernels triton needs a GPU, and the router is on cpu"):
+        load_kernels(TRITON, 8, torch.zeros(1))
+
+
+def test_triton_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "megatron_et.kernels.routed", raising=False)
+    monkeypatch.delattr("megatron_et.kernels.routed", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="--moe-et-kernels triton needs Triton, which cannot be imported"):
+        load_kernels(TRITON, 8, torch.zeros(1))
+
+
+def test_too_many_experts_are_refused() -> None:
+    gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
+    assert load_kernels(TRITON, 4096, gpu) is not None  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at most 4096 experts, and there are 4097"):
+        load_kernels(TRITON, 4097, gpu)  # type: ignore[arg-type]

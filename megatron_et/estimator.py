@@ -43,7 +43,10 @@ class CutoffEstimator(Protocol):
         self, integers: torch.Tensor, reals: torch.Tensor, num_tokens: torch.Tensor, centers_E: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """From the reduced accumulators: cutoffs [experts] fp64, and [1] bool, False when the batch has
-        none."""
+        none.
+
+        With a first dimension L on all arguments, those of L layers of one kind at once.
+        """
 
 
 class KthLargestMean:
@@ -121,9 +124,8 @@ class HistogramQuantile:
         centers_E: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantile at rho of the whole batch."""
-        pool = self._pool(integers, centers_E)
         k = expected_load(num_tokens, self.topk, self.num_experts)
-        return pool.kth_largest(k), num_tokens * self.topk >= self.num_experts
+        return self._kth_largest(integers, centers_E, k), num_tokens * self.topk >= self.num_experts
 
     def band(
         self, integers: torch.Tensor, num_tokens: torch.Tensor, centers_E: torch.Tensor, share: float
@@ -133,17 +135,19 @@ class HistogramQuantile:
         Returns:
             (lower, upper): the one after the (1+share)k-th largest, since a threshold above it gives no more
             than that, and the (1-share)k-th largest, each [experts] fp64; -inf where that many tokens are
-            more than there are, +inf where none are too few.
+            more than there are, +inf where none are too few. Of L layers at once as for `cutoffs`.
         """
-        pool = self._pool(integers, centers_E)
         fewest, most = capacity_loads(expected_load(num_tokens, self.topk, self.num_experts), share)
-        lower_E = pool.kth_largest(most + 1)
-        return torch.where(num_tokens > most, lower_E, -torch.inf), pool.kth_largest(fewest)
+        lower_E = self._kth_largest(integers, centers_E, most + 1)
+        upper_E = self._kth_largest(integers, centers_E, fewest)
+        return torch.where(num_tokens > most, lower_E, -torch.inf), upper_E
 
-    def _pool(self, integers: torch.Tensor, centers_E: torch.Tensor) -> Histogram:
-        pool = Histogram(self.num_experts, self._histogram.bins, centers=centers_E)
-        pool.counts_EB = integers.view(self.num_experts, -1)
-        return pool
+    def _kth_largest(self, integers: torch.Tensor, centers_E: torch.Tensor, k: Count) -> torch.Tensor:
+        # The experts of all layers are experts of one histogram, each with its layer's k.
+        pool = Histogram(centers_E.numel(), self._histogram.bins, centers=centers_E.reshape(-1))
+        pool.counts_EB = integers.reshape(-1, self._histogram.bins)
+        k_E = torch.as_tensor(k, device=integers.device).expand_as(centers_E)
+        return pool.kth_largest(k_E.reshape(-1)).view_as(centers_E)
 
 
 def make_estimator(quantile: Quantile, num_experts: int, topk: int, device: Device = None) -> CutoffEstimator:

@@ -291,21 +291,23 @@ class Histogram:
         """The k-th largest logit of every expert, to within a bin, interpolated linearly inside it.
 
         Args:
-            k: tokens wanted per expert, an int or a one-element int64 tensor; as in the function
+            k: tokens wanted per expert, an int or an int64 tensor of one or of E elements; as in the function
                 `kth_largest`, all tokens if there are fewer, and +inf for 0 or an empty histogram.
 
         Returns:
             cutoffs [experts] fp64.
         """
         k = torch.as_tensor(k, device=self.counts_EB.device)
-        descending_EB = self.counts_EB.flip(1)
-        cumulative_EB = descending_EB.cumsum(dim=1)
-        k_E = torch.minimum(k, cumulative_EB[:, -1])
-        place_E = (cumulative_EB < k_E.unsqueeze(1)).sum(dim=1, keepdim=True)
-        inside_E = descending_EB.gather(1, place_E).squeeze(1)
-        above_E = cumulative_EB.gather(1, place_E).squeeze(1) - inside_E
-        edges = self._edges()
-        high_E, low_E = edges[self.bins - place_E.squeeze(1)], edges[self.bins - 1 - place_E.squeeze(1)]
+        # Tokens in a bin or above it, in one temporary of the size of the counts, which many layers share.
+        reaching_EB = self.counts_EB.cumsum(dim=1)
+        total_E1 = reaching_EB[:, -1:].clone()
+        reaching_EB.sub_(self.counts_EB).neg_().add_(total_E1)
+        k_E = torch.minimum(k, total_E1.squeeze(1))
+        bin_E1 = ((reaching_EB >= k_E.unsqueeze(1)).sum(dim=1, keepdim=True) - 1).clamp_(min=0)
+        inside_E = self.counts_EB.gather(1, bin_E1).squeeze(1)
+        above_E = reaching_EB.gather(1, bin_E1).squeeze(1) - inside_E
+        edges, bin_E = self._edges(), bin_E1.squeeze(1)
+        high_E, low_E = edges[bin_E + 1], edges[bin_E]
         share_E = (k_E - above_E).double() / inside_E.clamp(min=1)
         cutoffs_E = self.centers_E.double() + high_E - (high_E - low_E) * share_E
         return torch.where(k_E > 0, cutoffs_E, torch.inf)

@@ -4,13 +4,14 @@ Dimension letters: T tokens of this rank's micro-batch, E experts.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, override
 
 import torch
 from megatron.core.transformer.moe.moe_utils import get_capacity
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_et import compatibility
+from megatron_et import compatibility, threshold
 from megatron_et.config import ConfigError, ExpertThresholdConfig
 from megatron_et.cuda_graphs import captures_router
 from megatron_et.dropping import drop_over_capacity
@@ -241,12 +242,11 @@ class ExpertThresholdRouter(TopKRouter):
         cutoffs = kth_largest_of_ranks(logits_TE, loads, self.tp_dp_cp_group, padding_mask_T=padding_mask_T)
         return cutoffs[-1], cutoffs[0]
 
-    def commit(self) -> None:
-        """Take over the proposed thresholds: the global batch counted."""
-        on_host = self.num_committed_batches
-        self.thresholds.commit()
-        self.committed_batches.add_(1)
-        self._committed_batches_on_host = on_host + 1
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Routers with equal kinds are reduced together: their statistics have one layout and one rule."""
+        et = self.et_config
+        return self.num_experts, self.topk, et.quantile, et.guard, et.ema_decay, et.router_type
 
     @property
     def name(self) -> str:
@@ -278,6 +278,16 @@ class ExpertThresholdRouter(TopKRouter):
             own = self.state_dict(prefix=prefix)
             state_dict.update({key: own[key].detach().clone() for key in self.state_keys(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@torch.no_grad()
+def commit_all(routers: Sequence[ExpertThresholdRouter]) -> None:
+    """Take over the proposed thresholds of routers of one kind: the global batch counted."""
+    on_host = [router.num_committed_batches for router in routers]
+    threshold.commit_all([router.thresholds for router in routers])
+    torch._foreach_add_([router.committed_batches for router in routers], 1)
+    for router, committed in zip(routers, on_host, strict=True):
+        router._committed_batches_on_host = committed + 1
 
 
 class LoadingWithoutThresholds:

@@ -39,8 +39,8 @@ class BatchCounts:
 
     @classmethod
     def split(cls, counts: torch.Tensor, num_experts: int) -> "BatchCounts":
-        """Views into a [size(E)] vector."""
-        parts = counts.split([num_experts, num_experts, num_experts + 1, 1, 1, 1])
+        """Views into a [size(E)] vector, or into several, [L, size(E)]."""
+        parts = counts.split([num_experts, num_experts, num_experts + 1, 1, 1, 1], dim=-1)
         return cls(*parts)
 
 
@@ -136,9 +136,14 @@ class RouterStatistics:
         """Where a kernel counts in place of `add`; without a histogram there, `add_to_pool` must follow."""
         return Counters(self.counts, self.estimator.histogram(thresholds.last_cutoff))
 
-    def integers(self) -> torch.Tensor:
+    @property
+    def integer_parts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything that is summed as integers, flat int64."""
-        return torch.cat([self.counts, self.estimator.integers])
+        return self.counts, self.estimator.integers
+
+    def integers(self) -> torch.Tensor:
+        """`integer_parts` as one vector."""
+        return torch.cat(self.integer_parts)
 
     def sizes(self) -> tuple[int, int]:
         """Lengths of `integers()` and of the estimator's `reals`."""
@@ -153,12 +158,14 @@ class RouterStatistics:
             integers: sum of `integers()`.
             reals: sum of the estimator's `reals`.
             centers_E: last cutoffs, as given to `add`.
+
+        With a first dimension L on all arguments, those of L routers of one kind at once.
         """
         size = BatchCounts.size(self.num_experts)
         # A copy: records live until the next batch, and a view would keep the histograms of all layers with
         # it.
-        counts = BatchCounts.split(integers[:size].clone(), self.num_experts)
-        cutoffs_E, valid = self.estimator.cutoffs(integers[size:], reals, counts.tokens, centers_E)
+        counts = BatchCounts.split(integers[..., :size].clone(), self.num_experts)
+        cutoffs_E, valid = self.estimator.cutoffs(integers[..., size:], reals, counts.tokens, centers_E)
         return counts, cutoffs_E, valid
 
     def band(
@@ -168,7 +175,7 @@ class RouterStatistics:
         `reduced`."""
         assert isinstance(self.estimator, HistogramQuantile), "the settings refuse a guard without histogram"
         return self.estimator.band(
-            integers[BatchCounts.size(self.num_experts) :], num_tokens, centers_E, share
+            integers[..., BatchCounts.size(self.num_experts) :], num_tokens, centers_E, share
         )
 
     @property

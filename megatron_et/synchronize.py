@@ -8,17 +8,19 @@ inside DP, pipeline stages hold other layers, and under sequence parallelism eve
 other tokens. Every rank computes the candidate from the same reduced numbers, so thresholds are bitwise equal
 on all replicas.
 
-Dimension letters: L routers of this rank, E experts.
+Dimension letters: L routers of this rank (of one kind), E experts, N numbers of one router.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from megatron_et import threshold
 from megatron_et.errors import NonFiniteLogitsError
-from megatron_et.router import ExpertThresholdRouter
+from megatron_et.router import ExpertThresholdRouter, commit_all
 from megatron_et.statistics import BatchCounts, BatchRecord
 
 
@@ -48,10 +50,9 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
     """
     if not routers:
         return None
-    integers = torch.cat([router.statistics.integers() for router in routers])
+    integers = torch.cat([part for router in routers for part in router.statistics.integer_parts])
     reals = torch.cat([router.statistics.estimator.reals for router in routers])
-    for router in routers:
-        router.statistics.reset()
+    torch._foreach_zero_([tensor for router in routers for tensor in router.statistics.accumulators])
     group = routers[0].tp_dp_cp_group
     handles = []
     if group is not None and torch.distributed.is_initialized() and group.size() > 1:
@@ -71,28 +72,46 @@ def finish_reduction(pending: PendingReduction | None) -> None:
         return
     for handle in pending.handles:
         handle.wait()
-    integer_sizes, real_sizes = zip(*(r.statistics.sizes() for r in pending.routers), strict=True)
-    integers_L, reals_L = pending.integers.split(integer_sizes), pending.reals.split(real_sizes)
-    nonfinite = []
-    for router, integers, reals in zip(pending.routers, integers_L, reals_L, strict=True):
-        thresholds = router.thresholds
-        counts, cutoffs_E, valid = router.statistics.reduced(integers, reals, thresholds.last_cutoff)
-        guard = router.et_config.guard
-        band = (
-            None
-            if guard is None
-            else router.statistics.band(integers, counts.tokens, thresholds.last_cutoff, guard)
-        )
-        thresholds.propose(cutoffs_E, valid=valid, band=band)
-        nonfinite.append(counts.nonfinite)
-        router.last_batch = BatchRecord(
-            counts=counts,
-            thresholds_E=thresholds.value.where(thresholds.num_updates > 0, torch.nan),
-            cutoffs_E=cutoffs_E.where(valid, torch.nan),
-            phase=router.et_config.phase(router.num_committed_batches),
-            restarted=thresholds.recently_restarted(),
-        )
+    nonfinite, first_integer, first_real = [], 0, 0
+    for routers in _by_kind(pending.routers):
+        integer_size, real_size = routers[0].statistics.sizes()
+        after_integers = first_integer + len(routers) * integer_size
+        after_reals = first_real + len(routers) * real_size
+        integers_LN = pending.integers[first_integer:after_integers].view(len(routers), integer_size)
+        reals_LN = pending.reals[first_real:after_reals].view(len(routers), real_size)
+        nonfinite.append(_propose(routers, integers_LN, reals_LN))
+        first_integer, first_real = after_integers, after_reals
     _NONFINITE.send(pending.routers, torch.cat(nonfinite))
+
+
+def _by_kind(routers: Sequence[ExpertThresholdRouter]) -> list[list[ExpertThresholdRouter]]:
+    """Neighbours of one kind together: the boundary costs as many operations for all of them as for one."""
+    return [list(alike) for _, alike in itertools.groupby(routers, key=lambda router: router.kind)]
+
+
+def _propose(
+    routers: Sequence[ExpertThresholdRouter], integers_LN: torch.Tensor, reals_LN: torch.Tensor
+) -> torch.Tensor:
+    """Candidates and records of routers of one kind from their reduced statistics; returns the numbers of
+    non-finite logits [L]."""
+    emas = [router.thresholds for router in routers]
+    statistics, et = routers[0].statistics, routers[0].et_config
+    centers_LE, values_LE = threshold.stacked(emas, "last_cutoff"), threshold.stacked(emas, "value")
+    counts, cutoffs_LE, valid_L1 = statistics.reduced(integers_LN, reals_LN, centers_LE)
+    band = None if et.guard is None else statistics.band(integers_LN, counts.tokens, centers_LE, et.guard)
+    threshold.propose_all(emas, cutoffs_LE, valid=valid_L1, band=band)
+    routed_by_LE = values_LE.where(threshold.stacked(emas, "num_updates") > 0, torch.nan)
+    known_LE = cutoffs_LE.where(valid_L1, torch.nan)
+    restarted_L1 = threshold.recently_restarted(emas)
+    for layer, router in enumerate(routers):
+        router.last_batch = BatchRecord(
+            counts=BatchCounts(*(part[layer] for part in vars(counts).values())),
+            thresholds_E=routed_by_LE[layer],
+            cutoffs_E=known_LE[layer],
+            phase=router.et_config.phase(router.num_committed_batches),
+            restarted=restarted_L1[layer],
+        )
+    return counts.nonfinite.flatten()
 
 
 def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
@@ -104,8 +123,8 @@ def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
     if not routers:
         return
     _NONFINITE.check()
-    for router in routers:
-        router.commit()
+    for alike in _by_kind(routers):
+        commit_all(alike)
 
 
 def discard(routers: Sequence[ExpertThresholdRouter]) -> None:

@@ -1,11 +1,11 @@
 """The thresholds of one router: an EMA of population quantiles, with bias correction, a candidate that may be
 dropped, and a guard that starts an expert's EMA again.
 
-Dimension letters: E experts.
+Dimension letters: E experts, L layers.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -89,49 +89,15 @@ class ThresholdEMA(torch.nn.Module):
                 threshold outside had too much or too little load. None without a guard, which also ends runs
                 of violations.
         """
-        updates = self.num_updates + 1
-        restarted_at, violations = self.restarted_at, torch.zeros_like(self.violations)
-        if band is not None:
-            outside = (self.value < band[0]).long() - (self.value > band[1]).long()
-            # Zeros before the first update are no thresholds yet.
-            outside *= self.num_updates > 0
-            # A run that changes side is a new run.
-            continued = (self.violations + outside) * outside.abs()
-            violations = torch.where(self.violations * outside < 0, outside, continued)
-            restart = violations.abs() >= PATIENCE
-            violations = violations.masked_fill(restart, 0)
-            restarted_at = torch.where(restart, self.num_updates, restarted_at)
-        log_decay = math.log(self.decay) if self.decay > 0.0 else -math.inf
-        # float64: (1 - beta**n) cancels for small n, and every layout must round the same way.
-        rate_E = (1.0 - self.decay) / -torch.expm1((updates - restarted_at).double() * log_decay)
-        value = self.value.double()
-        candidate = {
-            "value": (value + rate_E * (cutoffs_E.double() - value)).float(),
-            "num_updates": updates,
-            "last_cutoff": cutoffs_E.float(),
-            "restarted_at": restarted_at,
-            "violations": violations,
-        }
-        if valid is not None:
-            candidate = {
-                name: torch.where(valid, new, self.get_buffer(name)) for name, new in candidate.items()
-            }
-        self._candidate = candidate
+        propose_all([self], cutoffs_E, valid=valid, band=band)
 
-    @torch.no_grad()
     def commit(self) -> None:
         """Make the candidate the thresholds. Raises RuntimeError when there is none."""
-        if self._candidate is None:
-            raise RuntimeError("commit() without a candidate: call propose() with the batch's cutoffs first")
-        # In place: checkpoint code, CUDA graphs and users hold on to the buffers.
-        for name, new in self._candidate.items():
-            self.get_buffer(name).copy_(new)
-        self._candidate = None
+        commit_all([self])
 
     def recently_restarted(self) -> torch.Tensor:
         """[1] int64: experts whose EMA the guard started again within the last RECENT committed batches."""
-        recent_E = (self.restarted_at > 0) & (self.num_updates - self.restarted_at <= RECENT)
-        return recent_E.sum().reshape(1)
+        return recently_restarted([self])[0]
 
     def discard(self) -> None:
         """Drop the candidate, if there is one (a skipped, rerun or overflowed step leaves no trace)."""
@@ -155,3 +121,76 @@ class ThresholdEMA(torch.nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"num_experts={self.value.numel()}, decay={self.decay}"
+
+
+def stacked(emas: Sequence[ThresholdEMA], name: str) -> torch.Tensor:
+    """One buffer of several layers, [L, E] or [L, 1]."""
+    return torch.stack([ema.get_buffer(name) for ema in emas])
+
+
+@torch.no_grad()
+def propose_all(
+    emas: Sequence[ThresholdEMA],
+    cutoffs_LE: torch.Tensor,
+    *,
+    valid: torch.Tensor | None = None,
+    band: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """`ThresholdEMA.propose` for several layers of one size and decay at once: as many operations as for one.
+
+    Args:
+        emas: L of them.
+        cutoffs_LE: [L, E] ([E] will do for one).
+        valid: [L, 1] bool.
+        band: (lower, upper), each [L, E].
+    """
+    now = {name: stacked(emas, name) for name, _ in emas[0].named_buffers()}
+    decay = emas[0].decay
+    updates = now["num_updates"] + 1
+    restarted_at, violations = now["restarted_at"], torch.zeros_like(now["violations"])
+    if band is not None:
+        outside = (now["value"] < band[0]).long() - (now["value"] > band[1]).long()
+        # Zeros before the first update are no thresholds yet.
+        outside *= now["num_updates"] > 0
+        # A run that changes side is a new run.
+        continued = (now["violations"] + outside) * outside.abs()
+        violations = torch.where(now["violations"] * outside < 0, outside, continued)
+        restart = violations.abs() >= PATIENCE
+        violations = violations.masked_fill(restart, 0)
+        restarted_at = torch.where(restart, now["num_updates"], restarted_at)
+    log_decay = math.log(decay) if decay > 0.0 else -math.inf
+    # float64: (1 - beta**n) cancels for small n, and every layout must round the same way.
+    rate_LE = (1.0 - decay) / -torch.expm1((updates - restarted_at).double() * log_decay)
+    value = now["value"].double()
+    candidate = {
+        "value": (value + rate_LE * (cutoffs_LE.double() - value)).float(),
+        "num_updates": updates,
+        "last_cutoff": cutoffs_LE.float().expand_as(value),
+        "restarted_at": restarted_at,
+        "violations": violations,
+    }
+    if valid is not None:
+        candidate = {name: torch.where(valid, new, now[name]) for name, new in candidate.items()}
+    for layer, ema in enumerate(emas):
+        ema._candidate = {name: new[layer] for name, new in candidate.items()}
+
+
+@torch.no_grad()
+def commit_all(emas: Sequence[ThresholdEMA]) -> None:
+    """`ThresholdEMA.commit` for several layers at once. Raises RuntimeError when one has no candidate."""
+    candidates = []
+    for ema in emas:
+        if ema._candidate is None:
+            raise RuntimeError("commit() without a candidate: call propose() with the batch's cutoffs first")
+        candidates.append(ema._candidate)
+    for name, _ in emas[0].named_buffers():
+        # In place: checkpoint code, CUDA graphs and users hold on to the buffers.
+        torch._foreach_copy_([ema.get_buffer(name) for ema in emas], [new[name] for new in candidates])
+    for ema in emas:
+        ema._candidate = None
+
+
+def recently_restarted(emas: Sequence[ThresholdEMA]) -> torch.Tensor:
+    """`ThresholdEMA.recently_restarted` of several layers, [L, 1]."""
+    restarted_at, updates = stacked(emas, "restarted_at"), stacked(emas, "num_updates")
+    return ((restarted_at > 0) & (updates - restarted_at <= RECENT)).sum(dim=1, keepdim=True)

@@ -354,6 +354,40 @@ def check_expert_parallel_overlap() -> None:
             torch.testing.assert_close(run(overlap=True, delay=delay), plain, rtol=0, atol=0)
 
 
+def check_host_syncs(dispatcher: str) -> None:
+    """A layer waits for the device where Megatron's with top-k does, forward and backward, and nowhere
+    else."""
+    import collections
+
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+
+    from megatron_et.config import ExpertThresholdConfig
+    from tests.host_syncs import host_syncs
+
+    start(expert_model_parallel_size=int(WORLD))
+    settings = {"moe_token_dispatcher_type": dispatcher, "expert_model_parallel_size": int(WORLD)}
+    config = moe_config(**settings)
+    config.expert_threshold = ExpertThresholdConfig()
+    build = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
+    plain = build(config=config)
+    plain.set_layer_number(1)
+    waits = []
+    for layer in (plain, moe_layer(**settings)):
+        layer.train()
+        y, _ = layer(inputs(0))  # whatever happens once
+        with host_syncs() as found:
+            y, _ = layer(inputs(1).requires_grad_())
+            y.sum().backward()
+        waits.append(collections.Counter(found))
+    assert type(plain.router).__name__ == "TopKRouter"
+    assert waits[0], "Megatron copies split sizes to the host, or asks where the map is true"
+    added = list((waits[1] - waits[0]).elements())
+    # The number of rows to send (before 0.17 with top-k, too). On a GPU Megatron has copied it to the host
+    # together with the split sizes by then (dispatch.py), and its one wait is for all of them.
+    assert len(added) <= (dispatcher == "alltoall"), added
+    assert all(rows.startswith("__index__ at ") and "moe_utils.py" in rows for rows in added), added
+
+
 def check_causality() -> None:
     """I1 and I2 on the real layer: the routing of a token does not change with the others, nor with train or
     eval."""

@@ -24,6 +24,8 @@ CHECKS = [
     (2, "token_dropping allgather probs drop"),
     (2, "padded_map"),
     (2, "expert_parallel_overlap"),
+    (2, "host_syncs alltoall"),
+    (2, "host_syncs allgather"),
     (2, "causality"),
     (2, "cold_experts"),
     (2, "empty_fused_permutation alltoall"),

@@ -261,17 +261,18 @@ class Histogram:
         """
         half = self.bins // 2
         distance_TE = logits - self.centers_E
-        octave_TE = (distance_TE.abs().view(torch.int32) >> MANTISSA_SHIFT) - self.bits_of_first_octave
-        magnitude_TE = octave_TE.clamp_(0, half - 1).long()
-        bin_TE = torch.where(distance_TE >= 0, half + magnitude_TE, half - 1 - magnitude_TE)
-        row_E = torch.arange(self.num_experts, device=logits.device) * self.bins
-        weight_T = (
-            torch.ones(logits.shape[0], dtype=torch.int64, device=logits.device)
-            if padding_mask is None
-            else (~padding_mask).long()
-        )
-        weight_TE = weight_T.unsqueeze(1).expand(-1, self.num_experts)
-        self.counts_EB.view(-1).index_add_(0, (bin_TE + row_E).reshape(-1), weight_TE.reshape(-1))
+        # In place and in int32: T * E of anything is memory that a micro-batch has to find.
+        bin_TE = distance_TE.abs().view(torch.int32)
+        bin_TE.bitwise_right_shift_(MANTISSA_SHIFT).sub_(self.bits_of_first_octave).clamp_(0, half - 1)
+        # half + magnitude, and half - 1 - magnitude below the centre: -1 - m is m with all bits turned.
+        below_TE = (distance_TE >= 0).logical_not_().int().neg_()
+        row_E = torch.arange(self.num_experts, dtype=torch.int32, device=logits.device) * self.bins + half
+        bin_TE.bitwise_xor_(below_TE).add_(row_E)
+        if padding_mask is None:
+            weights = self.counts_EB.new_ones(1).expand(bin_TE.numel())  # no copy
+        else:
+            weights = (~padding_mask).long().unsqueeze(1).expand(bin_TE.shape).reshape(-1)
+        self.counts_EB.view(-1).index_add_(0, bin_TE.reshape(-1), weights)
 
     @property
     def bits_of_first_octave(self) -> int:

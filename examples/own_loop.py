@@ -292,8 +292,11 @@ def main() -> None:
         if options.save is not None and step == (options.save_step or options.steps):
             save(options.save, step, bare, optimizer)
     say(f"evaluation loss {evaluate(model):.7f}")
-    print(f"rank {rank}: thresholds {fingerprint(model)}", flush=True)
-    torch.distributed.barrier()
+    # One rank prints: lines of several processes can run into each other.
+    fingerprints = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(fingerprints, fingerprint(model))
+    for other, digits in enumerate(fingerprints):
+        say(f"rank {other}: thresholds {digits}")
     torch.distributed.destroy_process_group()
 
 

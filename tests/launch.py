@@ -56,7 +56,13 @@ def torchrun(
         str(free_port()),
         *map(str, script_or_module_args),
     ]
-    cpu_env = {"OMP_NUM_THREADS": "1", "MEGATRON_ET_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    cpu_env = {
+        "OMP_NUM_THREADS": "1",
+        "MEGATRON_ET_CPU": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        # Unbuffered, print() writes a line and its end one after the other, with room for another process's.
+        "PYTHONUNBUFFERED": "",
+    }
     # A file, not a pipe: a forgotten grandchild that holds a pipe open would keep us waiting for ever.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(

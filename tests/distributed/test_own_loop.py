@@ -42,10 +42,9 @@ def loop(*args: object) -> Loop:
     assert run.returncode == 0, run.stdout[-TAIL:]
     steps = {int(step): line for step, line in re.findall(r"^step +(\d+)  (.*)$", run.stdout, re.MULTILINE)}
     evaluation = re.findall(r"^evaluation loss (\S+)$", run.stdout, re.MULTILINE)
-    # Two processes write to one pipe: a line's end may come after the other's line.
-    found = re.findall(r"rank (\d): thresholds ([0-9a-f]{8})", run.stdout)
+    found = re.findall(r"^rank (\d): thresholds ([0-9a-f]{8})$", run.stdout, re.MULTILINE)
     ranks = {int(rank): digits for rank, digits in found}
-    assert len(evaluation) == 1
+    assert len(evaluation) == 1, run.stdout[-TAIL:]
     return Loop(steps, evaluation[0], ranks)
 
 

@@ -25,7 +25,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from faults.comparison import (
+# Run as a script, whose own folder is on the path and the repository not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.faults.comparison import (
     TRACE_FILE,
     Checkpoint,
     Printed,
@@ -36,10 +39,10 @@ from faults.comparison import (
     latest_iteration,
     unfinished_checkpoints,
 )
-from faults.kinds import ENDS_WELL, FINISH, KINDS, Pace, Steps, flags, make_plan, step_line
-from faults.life import ROOT, EndedEarly, Life
-from faults.report import Row, make_console, print_row, summary, write_report
-from small_gpt import SMALL_GPT
+from benchmarks.faults.kinds import ENDS_WELL, FINISH, KINDS, Pace, Steps, flags, make_plan, step_line
+from benchmarks.faults.life import ROOT, EndedEarly, Life
+from benchmarks.faults.report import Row, make_console, print_row, summary, write_report
+from benchmarks.small_gpt import SMALL_GPT
 
 SAVE_INTERVAL = 3
 ENDING = 120  # seconds; what does not end is killed by torchrun itself after 30

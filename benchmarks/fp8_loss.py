@@ -29,7 +29,7 @@ from statistics import mean, median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.faults.report import environment  # noqa: E402
+from benchmarks.environment import environment  # noqa: E402
 from benchmarks.small_gpt import SMALL_GPT  # noqa: E402
 
 # A dense first layer and seven MoE layers of 32 experts: 0.4e9 parameters, 16,384 tokens a step.

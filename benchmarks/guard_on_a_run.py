@@ -12,12 +12,16 @@ Dimension letters: S steps.
 import argparse
 import json
 import re
+import sys
 import tempfile
 from pathlib import Path
 
-from fault_injection import MODEL
-from faults.life import ROOT, Life
-from faults.report import environment
+# Run as a script, whose own folder is on the path and the repository not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.environment import environment
+from benchmarks.fault_injection import MODEL
+from benchmarks.faults.life import ROOT, Life
 
 SETTLED, END, WARMUP, TOKENS = 60, 100, 30, 32 * 64
 LIMIT = 600  # seconds for a run of some 15

@@ -1,20 +1,17 @@
 """The table of lives, on the console while it grows and as Markdown in the end."""
 
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime
-from importlib.metadata import version
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.environment import environment
+
 from .kinds import ASKED_TO_SAVE, FINISH, WHAT
-from .life import ROOT
 
 INTRODUCTION = """
 Written by `python benchmarks/fault_injection.py`. One row is one life of a training run that is killed and
@@ -231,33 +228,3 @@ def _by_phase(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def environment() -> dict[str, str]:
-    """Where it ran."""
-    return {
-        "date": date.today().isoformat(),
-        "commit": _commit(),
-        "CPU": f"{_cpu()}, {os.cpu_count()} cores",
-        "Python": platform.python_version(),
-        "PyTorch": version("torch"),
-        "Megatron-Core": version("megatron-core"),
-    }
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    changed = " with changes in megatron_et" if git("status", "--porcelain", "megatron_et") else ""
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
-
-
-def _cpu() -> str:
-    information = Path("/proc/cpuinfo")
-    for line in information.read_text().splitlines() if information.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.environment import environment  # noqa: E402
+from benchmarks.processes import kill_tree  # noqa: E402
 from benchmarks.small_gpt import SMALL_GPT  # noqa: E402
 
 # A dense first layer and seven MoE layers of 32 experts: 0.4e9 parameters, 16,384 tokens a step.
@@ -132,32 +133,40 @@ def plan(routers: Sequence[str], recipes: Sequence[str], seeds: Sequence[int]) -
     ]
 
 
-def train(arguments: Sequence[str]) -> str:
-    """One run to its end; its output.
+def train(arguments: Sequence[str], *, processes: int = 1, limit: int = LIMIT) -> str:
+    """One run to its end, within `limit` seconds; its output.
 
     Raises:
         RuntimeError: it failed, or took too long; with the end of its output.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # What torchrun would set: with one process there is nothing else for it to do.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "megatron_et.pretrain_gpt", *arguments]
+        port = str(probe.getsockname()[1])
+    launcher, alone = [sys.executable], {}
+    if processes == 1:
+        # What torchrun would set: with one process there is nothing else for it to do.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    else:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        launcher += ["--master-addr", "127.0.0.1", "--master-port", port]
+    command = [*launcher, "-m", "megatron_et.pretrain_gpt", *arguments]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command,
+            env={"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"} | dict(os.environ) | alone,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         try:
-            status: int | str = subprocess.run(
-                command,
-                env={"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"} | dict(os.environ) | alone,
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=LIMIT,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = f"none after {LIMIT} s"
+            status: int | str = process.wait(limit)
+        except BaseException as error:
+            kill_tree(process.pid)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            status = f"none after {limit} s"
         log.seek(0)
         output = log.read()
     if status != 0:

@@ -1,6 +1,5 @@
 """Start torchrun from a test: `torchrun([script, *args], nproc)` with the CPU backend's environment."""
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -9,8 +8,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
+
+from benchmarks.processes import kill_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 10_000  # characters of output to show when a run fails: two ranks' tracebacks and torchrun's own
@@ -76,7 +76,7 @@ def torchrun(
         try:
             process.wait(timeout)
         except BaseException as error:
-            _kill_tree(process.pid)
+            kill_tree(process.pid)
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise  # Ctrl-C, pytest-timeout
@@ -86,11 +86,3 @@ def torchrun(
             )
         output.seek(0)
         return subprocess.CompletedProcess(command, process.returncode, output.read())
-
-
-def _kill_tree(pid: int) -> None:
-    """Kill a process and its descendants: torchrun gives each worker a session, so killpg is not enough."""
-    parent = psutil.Process(pid)
-    for process in [*parent.children(recursive=True), parent]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()

@@ -1,5 +1,5 @@
-"""Level `layer`: router, dispatch, experts and combine of Megatron's MoE layer, forward and backward, over the
-ranks of an expert-parallel group. The slowest rank counts.
+"""Level `layer`: router, dispatch, experts and combine of Megatron's MoE layer, forward and backward, over
+the ranks of an expert-parallel group. The slowest rank counts.
 
 Run under torchrun by `python -m benchmarks run layer`.
 

@@ -14,9 +14,9 @@ from benchmarks.suite.methods import Method
 from benchmarks.suite.workloads import Shape, Stream
 
 SETTLING = 30
-"""Global batches before the measurement, so that thresholds (and biases) know the stream. Megatron's bias moves
-by 0.001 a batch: like an auxiliary loss, it balances over thousands of steps and shows here what it costs, not
-what it can do."""
+"""Global batches before the measurement, so that thresholds (and biases) know the stream. Megatron's bias
+moves by 0.001 a batch: like an auxiliary loss, it balances over thousands of steps and shows here what it
+costs, not what it can do."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def build(method: Method, shape: Shape, sizes: Sizes, device: str) -> Any:
         "num_layers": 1, "hidden_size": sizes.hidden, "num_attention_heads": 1, "add_bias_linear": False,
         "num_moe_experts": shape.experts, "moe_router_topk": shape.topk, "moe_ffn_hidden_size": sizes.ffn,
         "expert_model_parallel_size": shape.ranks, "moe_token_dispatcher_type": "alltoall",
-        "gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "bias_activation_fusion": False,
+        "gated_linear_unit": True, "activation_func": torch.nn.functional.silu,
+        "bias_activation_fusion": False,
         "gradient_accumulation_fusion": False, "moe_grouped_gemm": engine, "moe_permute_fusion": engine,
         "params_dtype": dtype, "bf16": on_gpu, "use_cpu_initialization": not on_gpu,
     }  # fmt: skip
@@ -155,7 +156,8 @@ class Fed:
                 self.end_batch()
 
     def fanout_and_load(self) -> tuple[float, float]:
-        """Mean experts a token, and largest over mean load of an expert (its mean over steps), of all ranks."""
+        """Mean experts a token, and largest over mean load of an expert (its mean over steps), of all
+        ranks."""
         loads_SE = torch.stack(self.loads).double()
         tokens = torch.tensor(float(self.shape.tokens), dtype=torch.float64, device=loads_SE.device)
         if torch.distributed.get_world_size() > 1:
@@ -172,8 +174,6 @@ PERIOD = 16
 
 def boundary(router: Any) -> Callable[[], None]:
     """What a router does once a global batch, beside the gradients."""
-    from megatron.core.distributed import finalize_model_grads as _  # noqa: F401 (the module's name is shadowed)
-
     from megatron_et.router import ExpertThresholdRouter
     from megatron_et.synchronize import commit, finish_reduction, start_reduction
 

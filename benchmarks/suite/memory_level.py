@@ -23,7 +23,8 @@ MIB = 2**20
 def kept_bytes(one: Pass) -> int:
     """Of one forward pass, weights and input left out."""
     own = {
-        tensor.untyped_storage().data_ptr() for tensor in (*one.fed.layer.parameters(), one.hidden, one.fed.logits())
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*one.fed.layer.parameters(), one.hidden, one.fed.logits())
     }
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from benchmarks.suite.timing import Spread
 
@@ -85,7 +86,8 @@ def read(path: Path) -> list[Row]:
         names = [column.name for column in fields(Row)]
         if reader.fieldnames != names:
             raise ValueError(f"{path} has the columns {reader.fieldnames}, not {names}")
-        return [Row(**{f.name: f.type(line[f.name]) for f in fields(Row)}) for line in reader]  # type: ignore[operator,misc]
+        types: dict[str, Any] = {column.name: column.type for column in fields(Row)}
+        return [Row(**{name: types[name](text) for name, text in line.items()}) for line in reader]
 
 
 def write(path: Path, new: Iterable[Row]) -> list[Row]:

@@ -1,8 +1,8 @@
 """Level `router`: logits in, gates and map out, and the gradient back, in one process.
 
-What is timed is `routing(logits)` of Megatron's router classes, everything that the method does there included:
-auxiliary losses, counting for biases, and the statistics of Expert Threshold. `boundary` is what a method does
-once a global batch. `copy` moves the bytes that no router can avoid (see `minimal_bytes`).
+What is timed is `routing(logits)` of Megatron's router classes, everything that the method does there
+included: auxiliary losses, counting for biases, and the statistics of Expert Threshold. `boundary` is what
+a method does once a global batch. `copy` moves the bytes that no router can avoid (see `minimal_bytes`).
 
 Dimension letters: T tokens, E experts.
 """
@@ -50,8 +50,8 @@ CPU_CASES = [
 
 
 def minimal_bytes(tokens: int, experts: int) -> dict[str, int]:
-    """Bytes that must move: forward reads logits (4) and writes gates (4) and map (1); backward reads the gates
-    and their gradient and writes that of the logits."""
+    """Bytes that must move: forward reads logits (4) and writes gates (4) and map (1); backward reads the
+    gates and their gradient and writes that of the logits."""
     pairs = tokens * experts
     return {"forward": 9 * pairs, "backward": 12 * pairs, "both": 21 * pairs}
 

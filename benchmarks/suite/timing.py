@@ -9,8 +9,8 @@ import torch
 
 WARMUPS, SAMPLES = 5, 20
 FLUSHED_BYTES = 256 * 2**20
-"""Written before every sample on a GPU, so that it starts with a cache that holds nothing of its own: more than
-the largest L2."""
+"""Written before every sample on a GPU, so that it starts with a cache that holds nothing of its own: more
+than the largest L2."""
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ def _noise(shape: Shape, step: int) -> torch.Tensor:
 
 
 def balanced(shape: Shape, step: int) -> torch.Tensor:
-    """Every expert has exactly as many tokens as any other, or one more: by a wide gap between the logits of a
-    token's `topk` experts and the rest, the same map for every router."""
+    """Every expert has exactly as many tokens as any other, or one more: by a wide gap between the logits
+    of a token's `topk` experts and the rest, the same map for every router."""
     first_T = torch.arange(shape.tokens) * shape.topk
     chosen = (first_T.unsqueeze(1) + torch.arange(shape.topk)) % shape.experts
     gap = torch.full((shape.tokens, shape.experts), -4.0).scatter_(1, chosen, 4.0)
@@ -103,8 +103,8 @@ WORKLOADS: dict[str, Stream] = {
 
 
 def natural(path: Path) -> Stream:
-    """Logits of a trained router on real text, as benchmarks/suite/capture.py writes them: micro-batches follow
-    one another through the text, and every rank reads its own part."""
+    """Logits of a trained router on real text, as benchmarks/suite/capture.py writes them: micro-batches
+    follow one another through the text, and every rank reads its own part."""
     recorded_NE = np.load(path)["logits"]
 
     def stream(shape: Shape, step: int) -> torch.Tensor:

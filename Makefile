@@ -6,7 +6,7 @@ STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup quickstart test test-unit test-distributed test-versions lint format docs gpu-check check-patches check-stock-scripts \
-  upstream-tests lock clean
+  upstream-tests benchmarks lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -57,6 +57,9 @@ check-stock-scripts: setup  ## MEGATRON=/path/to/Megatron-LM: each tag's stock s
 upstream-tests:  ## Megatron's own MoE unit tests against our router: MEGATRON=/path/to/Megatron-LM [UPSTREAM_ARGS=...]
 	@$(if $(MEGATRON),,echo "Use: make upstream-tests MEGATRON=/path/to/Megatron-LM (a checkout)" >&2; exit 2;) \
 	  $(if $(wildcard $(PY)),$(PY),python3) -m tests.upstream.run "$(MEGATRON)" $(UPSTREAM_ARGS)
+
+benchmarks:  ## every level of the benchmark suite, on this machine's GPU or with the CPU backend (benchmarks/README.md)
+	@$(if $(shell command -v nvidia-smi),,MEGATRON_ET_CPU=1) $(if $(wildcard $(PY)),$(PY),python3) -m benchmarks run all $(BENCHMARK_ARGS)
 
 docs: setup  ## write docs/flags.md and the README's picture again
 	$(PY) docs/flags.py

@@ -27,9 +27,17 @@ CPU_RANKS = {"router": 1, "layer": 2, "memory": 2}
 
 def device() -> str:
     """What is measured: cpu where the CPU backend was asked for, else cuda."""
+    import torch
+
     from megatron_et import cpu
 
-    return "cpu" if cpu.requested() else "cuda"
+    if cpu.requested():
+        return "cpu"
+    if not torch.cuda.is_available():
+        sys.exit(
+            "no GPU is visible: set MEGATRON_ET_CPU=1 to measure on the CPU, or see CUDA_VISIBLE_DEVICES"
+        )
+    return "cuda"
 
 
 def measure(level: str, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from benchmarks.fp8_loss import MODELS, make_data, read_log, train
 from benchmarks.suite.methods import METHODS, Method
@@ -109,7 +110,7 @@ class Run:
     """One run's output and the trace of an Expert Threshold run."""
 
     output: str
-    trace: list[dict[str, object]]
+    trace: list[dict[str, Any]]
 
 
 def _run(method: Method, model: Model, data: Sequence[str], folder: Path, seed: int, steps: int) -> Run:
@@ -129,7 +130,7 @@ def _add(measured: Measured, run: Run, skipped: int, topk: int) -> None:
     measured.losses.append(mean(losses[-max(len(losses) // 5, 1) :]))
     layers = [
         layer for record in run.trace if record["step"] > skipped for layer in record["layers"].values()
-    ]  # type: ignore[operator,attr-defined]
+    ]
     if not layers:
         measured.fanouts.append(float(topk))
         return
@@ -138,8 +139,9 @@ def _add(measured: Measured, run: Run, skipped: int, topk: int) -> None:
 
 
 def throughputs(output: str) -> list[float]:
-    """Model TFLOP/s of a GPU, of every step that Megatron logged."""
-    return [float(x) for x in re.findall(r"throughput per GPU \(TFLOP/s/GPU\): (\S+)", output)]
+    """Model TFLOP/s of a GPU, of every step that Megatron logged; none where it prints 0.0, as on CPU."""
+    printed = [float(x) for x in re.findall(r"throughput per GPU \(TFLOP/s/GPU\): (\S+)", output)]
+    return printed if any(printed) else []
 
 
 def _rows(

@@ -9,7 +9,7 @@ from benchmarks.suite.results import RESULTS, Row, read
 
 BASELINE = "topk-aux"
 BEGIN, END = "<!-- speed: written by python -m benchmarks table -->", "<!-- end of speed -->"
-DEVICES = {"cpu": "2 CPU cores", "cuda": "GPU"}
+DEVICES = {"cpu": "2 CPU cores", "cuda": "A GPU"}
 README_COLUMNS = {
     "router": "router forward + backward, ms",
     "layer": "MoE layer forward + backward, ms",
@@ -88,7 +88,7 @@ def readme_table(folder: Path = RESULTS) -> str:
     for device, where in DEVICES.items():
         found = {level: read(result_file(level, device, folder)) for level in README_COLUMNS}
         if not any(found.values()):
-            lines += [f"On a {where}: not measured yet.", ""]
+            lines += [f"{where}: not measured yet.", ""]
             continue
         chosen = {level: _chosen(level, rows) for level, rows in found.items()}
         lines += [f"On {where}, median [ratio to `{BASELINE}`]:", ""]

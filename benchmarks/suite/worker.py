@@ -106,8 +106,8 @@ def main() -> None:
     from benchmarks.environment import device_environment
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    environment = one_line(device_environment() | {"processes": str(ranks)})  # before the CPU backend's CUDA
     device = layers.start(expert_parallel=ranks)
-    environment = one_line(device_environment() | {"processes": str(ranks)})
     for case in cases(order, device):
         rows = measure(order, case, device, environment)
         if torch.distributed.get_rank() == 0:

@@ -53,7 +53,8 @@ def peak_bytes(one: Pass) -> int:
 def measure(
     case: Case, stream: Stream, methods: Sequence[str], device: str, environment: str, *, steps: int = 16
 ) -> list[Row]:
-    """Every method's bytes over some steps of the stream; the worst rank of each step."""
+    """Every method's bytes over some steps of the stream, the worst rank of each; and those of the worst
+    step, which is what memory must be there for."""
     rows = []
     for name in methods:
         missing = METHODS[name].missing(device)
@@ -73,7 +74,8 @@ def measure(
                 torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
                 quantities[quantity].append(worst.item() / MIB)
         fanout, load = one.fed.fanout_and_load()
-        for quantity, values in quantities.items():
+        worst_steps = {f"worst {quantity}": [max(values)] for quantity, values in quantities.items()}
+        for quantity, values in (quantities | worst_steps).items():
             rows.append(
                 row(
                     "memory", str(case), name, quantity, environment, unit="MiB", values=values,

@@ -97,6 +97,12 @@ METHODS = {
             et=_et("expert-threshold", kernels="triton"),
             needs=("gpu",),
         ),
+        Method(
+            "et-capacity",
+            _topk("none"),
+            "this package with the paper's capacity C = 0.5",
+            et=_et("expert-threshold", capacity_factor=0.5),
+        ),
         Method("ec", _topk("none"), "this package, warm-up routing", et=_et("expert-choice")),
     )
 }

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.suite import layer_level, layers, memory_level, router_level
 from benchmarks.suite.methods import METHODS
 from benchmarks.suite.results import Row, one_line, write
@@ -55,24 +57,23 @@ def cases(order: Order, device: str) -> list[Any]:
     """Those of the level and device whose workload was asked for."""
     if order.level == "router":
         found: list[Any] = router_level.GPU_CASES if device == "cuda" else router_level.CPU_CASES
-        recorded = [router_level.Case(4096, experts, 2, "natural") for experts in _experts(order)]
+        recorded = [router_level.Case(4096, *sizes, "natural") for sizes in _recorded(order)]
     else:
         found = layer_level.cases(device)
-        sizes = found[0]
         recorded = [
-            layer_level.Case(**vars(sizes) | {"experts": experts, "workload": "natural"})
-            for experts in _experts(order)
+            layer_level.Case(**vars(found[0]) | {"experts": e, "topk": k, "workload": "natural"})
+            for e, k in _recorded(order)
         ]
     chosen = [case for case in found if case.workload in order.workloads]
     return [*recorded, *chosen][: order.first]
 
 
-def _experts(order: Order) -> list[int]:
+def _recorded(order: Order) -> list[tuple[int, int]]:
+    """Experts and top-k of the recorded logits, if there are some."""
     if order.natural is None:
         return []
-    import numpy as np
-
-    return [np.load(order.natural)["logits"].shape[1]]
+    recorded = np.load(order.natural)
+    return [(recorded["logits"].shape[1], int(recorded["topk"]))]
 
 
 def _stream(order: Order, workload: str) -> Stream:

@@ -90,6 +90,19 @@ def _limit_fanout(x, chosen, most):
 
 
 @triton.jit
+def _count_fanout(fanout_t, valid_t, fanout_counts, BLOCK_E: tl.constexpr):
+    """Tokens by their number of experts: most have few, and all programs add to the same few counts, so a
+    program adds up its own first. The last slot is for the rest: padding, and tokens with more experts."""
+    SLOTS: tl.constexpr = min(BLOCK_E * 2, 64)
+    few = valid_t & (fanout_t < SLOTS - 1)
+    own = tl.histogram(tl.where(few, fanout_t, SLOTS - 1), SLOTS).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    tl.atomic_add(fanout_counts + slot, own, mask=(slot < SLOTS - 1) & (own > 0), sem="relaxed")
+    one_t = tl.full(fanout_t.shape, 1, tl.int64)
+    tl.atomic_add(fanout_counts + fanout_t, one_t, mask=valid_t & (fanout_t >= SLOTS - 1), sem="relaxed")
+
+
+@triton.jit
 def _count_logits(x, counted, centers, e, real_e, histogram, BINS: tl.constexpr, FIRST: tl.constexpr):
     """`Histogram.add`: the bin of a logit is read off the bits of its distance from the centre."""
     center = tl.load(centers + e, mask=real_e, other=0.0)
@@ -144,8 +157,7 @@ def forward(
     if COUNTED:
         usage = tl.sum(chosen.to(tl.int32), axis=0).to(tl.int64)
         tl.atomic_add(counts + e, usage, mask=real_e & (usage > 0), sem="relaxed")
-        one_t = tl.full([BLOCK_T], 1, tl.int64)
-        tl.atomic_add(counts + 2 * num_experts + fanout_t, one_t, mask=valid_t, sem="relaxed")
+        _count_fanout(fanout_t, valid_t, counts + 2 * num_experts, BLOCK_E)
         scalars = counts + 3 * num_experts + 1
         tl.atomic_add(scalars, tl.sum(valid_t.to(tl.int64), axis=0), sem="relaxed")
         counted = valid_t[:, None] & real_e[None, :]

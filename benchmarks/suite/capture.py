@@ -50,7 +50,7 @@ class Recorder:
 
 def main() -> None:
     """Train until enough is recorded."""
-    from megatron_et import cpu
+    from megatron_et.launch import prepare_process
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], add_help=False)
     parser.add_argument("--logits", type=Path, required=True)
@@ -59,8 +59,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="micro-batches to record")
     own, megatron = parser.parse_known_args()
     sys.argv[1:] = megatron
-    if cpu.requested():
-        cpu.install()
+    prepare_process()
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_et.gpt import pretrain_gpt

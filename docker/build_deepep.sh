@@ -25,7 +25,7 @@ python3 -m pip install --no-deps --constraint "$state/constraints.txt" "nvidia-n
 
 git clone --quiet --no-checkout "$repository" "$build/DeepEP"
 cd "$build/DeepEP"
-git fetch --quiet origin "$commit" # it may be on no branch
+git cat-file -e "$commit^{commit}" 2> /dev/null || git fetch --quiet origin "$commit" # it may be on no branch
 git -c advice.detachedHead=false checkout --quiet "$commit"
 git submodule update --quiet --init --recursive # its setup would go on without
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_et.metrics import METRICS, PHASES, LayerBatch, overall, pack, width
-from megatron_et.report import read
+from megatron_et.report import trace as traces
 from megatron_et.statistics import BatchCounts, BatchRecord
 from tests.megatron_here import needs_training
 
@@ -427,7 +427,7 @@ def test_the_report_reads_what_the_trace_wrote(
     _append_trace(folder, step + 5, args, layers)
 
     warnings: list[str] = []
-    trace = read.read_traces([folder / read.TRACE_NAME], warnings)
+    trace = traces.read_traces([folder / traces.TRACE_NAME], warnings)
     assert warnings == []
     assert trace is not None
     assert (trace.topk, trace.num_experts, trace.steps_S.tolist()) == (1, experts, [step, step + 5])
@@ -452,8 +452,8 @@ def test_the_report_reads_what_the_trace_wrote(
 def test_unknown_thresholds_and_cutoffs_are_null_in_json_and_nan_in_the_report(tmp_path: Path) -> None:
     from megatron_et.host.logging import TRACE_FILE, TRACE_SCHEMA, _append_trace
 
-    assert (TRACE_FILE, TRACE_SCHEMA) == (read.TRACE_NAME, read.TRACE_SCHEMA)
-    assert PHASES == read.PHASES
+    assert (TRACE_FILE, TRACE_SCHEMA) == (traces.TRACE_NAME, traces.TRACE_SCHEMA)
+    assert PHASES == traces.PHASES
     batch = on_host(
         record([[True, False]], experts=2, thresholds=[NAN, 1.5], cutoffs=[NAN, math.inf], phase="warmup")
     )
@@ -462,7 +462,7 @@ def test_unknown_thresholds_and_cutoffs_are_null_in_json_and_nan_in_the_report(t
     # Strict JSON: NaN and Infinity are no JSON, and jq and others refuse the line.
     values = json.loads(line, parse_constant=pytest.fail)["layers"]["1"]
     assert (values["threshold"], values["cutoff"]) == ([None, 1.5], [None, None])
-    trace = read.read_traces([tmp_path / TRACE_FILE], [])
+    trace = traces.read_traces([tmp_path / TRACE_FILE], [])
     assert trace is not None
     np.testing.assert_array_equal(trace.layers[1].threshold_SE, [[NAN, 1.5]])
     np.testing.assert_array_equal(trace.layers[1].cutoff_SE, [[NAN, NAN]])

@@ -24,8 +24,9 @@ from megatron_et import cli, metrics
 from megatron_et.report import ReportError
 from megatron_et.report.command import Report, make_report, print_report
 from megatron_et.report.plots import MAX_HEATMAP_EXPERTS, MAX_HEATMAP_STEPS, _heat_map
-from megatron_et.report.read import LayerTrace, read_run, read_tensorboard, read_traces
+from megatron_et.report.read import read_run, read_tensorboard
 from megatron_et.report.summary import METRICS, Summary, layer_histories, summarise, trace_metrics
+from megatron_et.report.trace import LayerTrace, read_traces
 
 ALL_PNGS = ["loss.png", "usage.png", "thresholds.png", "fanout.png", "no_expert.png"]
 T = 200

@@ -84,7 +84,7 @@ class Observation:
     def of(cls, step: int, phase: str, tokens: int, topk: int, rows: Mapping[int, Row]) -> "Observation":
         """From the rows of all layers by number; at least one."""
         stacked = [
-            np.stack([getattr(row, name) for row in rows.values()])
+            np.stack([getattr(row, name) for row in rows.values()], dtype=np.float32, casting="same_kind")
             for name in ("usage_E", "threshold_E", "cutoff_E", "at_bound_E")
         ]
         restarted_L = np.array([row.restarted for row in rows.values()])
@@ -141,7 +141,7 @@ class Window:
         return len(self._steps)
 
     def _stack(self, name: str) -> Array:
-        return np.stack([getattr(seen, name) for seen in self._steps]).astype(np.float64)
+        return np.stack([getattr(seen, name) for seen in self._steps])
 
     @cached_property
     def load_SLE(self) -> Array:

@@ -87,8 +87,7 @@ def test_a_simulated_healthy_run_raises_no_alarm(uneven: float) -> None:
 
 
 def test_a_real_healthy_run_raises_no_alarm() -> None:
-    """The quickstart's trace from step 155 on: real text, 4 k tokens a batch, loads swing by 30 % from step to
-    step."""
+    """The quickstart from step 155 on: real text, 4 k tokens a batch, loads swing by 30 % a step."""
     with gzip.open(HERE / "quickstart_trace.jsonl.gz", "rt") as file:
         steps = [parse_record(json.loads(line)).observation() for line in file]
     assert {step.phase for step in steps} == {"warmup", "threshold"}

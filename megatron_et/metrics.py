@@ -111,7 +111,7 @@ class LayerBatch:
             "restarted_experts": float(self.restarted),
         }
 
-    def trace(self) -> dict[str, list[float] | list[int] | list[float | None]]:
+    def trace(self) -> dict[str, int | list[float] | list[int] | list[float | None]]:
         """Per-expert numbers for et_trace.jsonl (docs/metrics.md)."""
         return {
             "usage": self.usage_E().tolist(),
@@ -119,6 +119,7 @@ class LayerBatch:
             "cutoff": _finite(self.cutoffs_E),
             "fanout_histogram": self.counts.fanout_F.tolist(),
             "at_bound": self.at_bound_E().tolist(),
+            "restarted": self.restarted,
         }
 
 

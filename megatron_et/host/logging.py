@@ -1,5 +1,5 @@
 """Seam: training_log. Writes the metrics of the last committed global batch to TensorBoard, W&B, the console
-and the trace.
+and the trace, and says when an alarm starts.
 
 Dimension letters: L MoE layers of the whole model, W numbers per layer (metrics.py).
 """
@@ -7,18 +7,23 @@ Dimension letters: L MoE layers of the whole model, W numbers per layer (metrics
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_et.alarms import Alarm, Monitor, Observation, Row, details, grouped, headline
 from megatron_et.config import ExpertThresholdConfig
-from megatron_et.host import seam, state
+from megatron_et.host import seam, state, tensorboard
 from megatron_et.metrics import LayerBatch, overall, pack, width
+from megatron_et.report.tags import ALARM_TEXT
 
 TRACE_FILE = "et_trace.jsonl"
 TRACE_SCHEMA = 1
+
+_MONITOR = Monitor()
+"""Of this process: a resumed run starts without a history."""
 
 
 def install() -> None:
@@ -56,12 +61,16 @@ def log_batch(iteration: int) -> None:
         return
     metrics = {number: batch.metrics() for number, batch in layers.items()}
     summary = overall(metrics)
+    # At the steps of the trace, so that the report comes to the same alarms.
+    started = _MONITOR.observe(observation(iteration, args, layers)) if to_console else []
     if to_writers:
-        _write_scalars(iteration, metrics, summary)
+        _write_scalars(iteration, args, metrics, summary)
     if to_console:
         print(console_line(iteration, summary, next(iter(layers.values())).phase), flush=True)
         if et.trace_dir is not None:
             _append_trace(Path(et.trace_dir), iteration, args, layers)
+    for group in grouped(started):
+        _announce(iteration, group)
 
 
 def gather_layers(args: Any) -> dict[int, LayerBatch]:
@@ -104,17 +113,54 @@ def console_line(iteration: int, summary: Mapping[str, float], phase: str) -> st
     )
 
 
+def observation(iteration: int, args: Any, layers: Mapping[int, LayerBatch]) -> Observation:
+    """What alarms are raised from; everything is on the host already."""
+    first = next(iter(layers.values()))
+    rows = {
+        number: Row(
+            batch.usage_E().numpy(),
+            batch.thresholds_E.numpy(),
+            batch.cutoffs_E.numpy(),
+            batch.at_bound_E().numpy(),
+            batch.restarted,
+        )
+        for number, batch in layers.items()
+    }
+    return Observation.of(iteration, first.phase, int(first.counts.tokens), args.moe_router_topk, rows)
+
+
+def _announce(iteration: int, group: Sequence[Alarm]) -> None:
+    """Alarms of one rule that have just started: a line on the console, and to both writers."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    title, text = headline(group), f"{'; '.join(details(group))}. Remedy: {group[0].remedy}"
+    print(f" [megatron_et] iteration {iteration:8d} | ALARM: {title}: {text}", flush=True)
+    if (writer := get_tensorboard_writer()) is not None:
+        writer.add_text(ALARM_TEXT, f"{title}: {text}", iteration)
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.alert(title=f"megatron_et: {title}", text=f"iteration {iteration}: {text}")
+
+
 def _write_scalars(
-    iteration: int, metrics: Mapping[int, Mapping[str, float]], summary: Mapping[str, float]
+    iteration: int,
+    args: Any,
+    metrics: Mapping[int, Mapping[str, float]],
+    summary: Mapping[str, float],
 ) -> None:
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
     scalars = {f"moe/{name}": value for name, value in summary.items()}
+    scalars |= {
+        "moe/expert_usage_target": args.moe_router_topk / args.num_experts,
+        "moe/fanout_target": float(args.moe_router_topk),
+        "moe/alarms": float(len(_MONITOR.active)),
+    }
     for number, layer in metrics.items():
         scalars |= {f"moe/{name}_layer_{number}": value for name, value in layer.items()}
     # The first batch is routed without thresholds: there is nothing to draw.
     scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
     if (writer := get_tensorboard_writer()) is not None:
+        tensorboard.lay_out(writer)
         for name, value in scalars.items():
             writer.add_scalar(name, value, iteration)
     if (wandb := get_wandb_writer()) is not None:

@@ -11,17 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_et.report.read import (
-    PHASES,
-    SECONDS_PER_STEP,
-    TRAINING_LOSS,
-    Floats,
-    Ints,
-    LayerTrace,
-    RunData,
-    Series,
-    TensorBoard,
-)
+from megatron_et.alarms import Alarm, Monitor
+from megatron_et.report.read import RunData, Series, TensorBoard
+from megatron_et.report.tags import SECONDS_PER_STEP, TRAINING_LOSS
+from megatron_et.report.trace import PHASES, Floats, Ints, LayerTrace
 
 SUMMARY_SCHEMA = 1
 DEFAULT_WINDOW_SHARE = 0.2
@@ -124,6 +117,10 @@ class Summary:
     """First logged step of the threshold phase."""
     window: Window | None
     layers: list[LayerSummary]
+    alarms: list[Alarm] | None
+    """Those that are on at the last logged step; None without a trace."""
+    past_alarms: list[Alarm]
+    """Those that have ended, by their end."""
     missing: list[str]
     warnings: list[str]
 
@@ -182,6 +179,9 @@ def summarise(data: RunData, histories: list[LayerHistory], last_steps: int | No
     logged += [series.steps_S for series in (training, *validation.values()) if series]
     # A run may have logged neither: any scalar then says how far it came.
     logged = logged or [series.steps_S for series in data.tensorboard.scalars.values()]
+    monitor = Monitor()
+    for seen in data.trace.observations() if data.trace else ():
+        monitor.observe(seen)
     return Summary(
         schema=SUMMARY_SCHEMA,
         run=data.name,
@@ -198,6 +198,8 @@ def summarise(data: RunData, histories: list[LayerHistory], last_steps: int | No
         threshold_start=_first_step_after(data, "anneal"),
         window=window,
         layers=[_layer_summary(history, window) for history in histories] if window else [],
+        alarms=monitor.active if data.trace else None,
+        past_alarms=monitor.past,
         missing=data.missing,
         warnings=data.warnings,
     )

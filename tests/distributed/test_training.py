@@ -1,15 +1,26 @@
 """Real pretraining with thresholds through megatron.training.pretrain on CPU and gloo: layouts, resume,
 baseline, bad input."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
+from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 
+from megatron_et import __version__
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.metrics import METRICS
+from megatron_et.report.tags import VERSIONS_TEXT
 from tests.distributed.runs import (
     GPT_ARGS,
     MOE_LAYERS,
@@ -93,14 +104,56 @@ def test_tensorboard_has_every_metric_per_layer_and_overall(base: tuple[Run, Pat
     assert gap[7] == pytest.approx(expected, rel=1e-5)
 
 
+def charts_drawn(folder: Path) -> dict[str, int]:
+    """Chart -> series that TensorBoard's own custom-scalars plugin finds for it."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    provider = MultiplexerDataProvider(multiplexer, str(folder))
+    plugins: dict[str, Any] = {}
+    context = TBContext(data_provider=provider, logdir=str(folder), plugin_name_to_instance=plugins)
+    plugins["scalars"] = ScalarsPlugin(context)
+    custom = CustomScalarsPlugin(context)
+    request, (run,) = RequestContext(), multiplexer.Runs()
+    found = {}
+    for category in json.loads(custom.layout_impl(request, ""))["category"]:
+        for chart in category["chart"]:
+            margins = [
+                re.escape(tag) + "$" for s in chart.get("margin", {}).get("series", []) for tag in s.values()
+            ]
+            tags = chart.get("multiline", {}).get("tag", []) + margins
+            series = [custom.scalars_impl(request, run, tag, "")["tag_to_events"] for tag in tags]
+            assert all(series), chart["title"]
+            found[f"{category['title']}: {chart['title']}"] = sum(map(len, series))
+    return found
+
+
+@pytest.mark.smoke
+def test_tensorboard_finds_every_series_of_the_ready_made_charts(base: tuple[Run, Path]) -> None:
+    from megatron_et.host.tensorboard import layout
+
+    _, folder = base
+    found = charts_drawn(folder / "tb")
+    for category, charts in layout().items():
+        for title, (_, tags) in charts.items():
+            # A metric of all layers is one pattern: 60 layers would be one chart too.
+            series = len(MOE_LAYERS) if category == "Layer by layer" else len(tags)
+            assert found.pop(f"{category}: {title}") == series
+    assert not found
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    target = {e.value for e in events.Scalars("moe/expert_usage_target")}
+    assert target == {TARGET}
+    (versions,) = events.Tensors(f"{VERSIONS_TEXT}/text_summary")
+    assert (
+        versions.tensor_proto.string_val[0].decode().startswith(f"megatron_et {__version__}, megatron-core")
+    )
+
+
 @pytest.mark.smoke
 def test_resume_is_bitwise(base: tuple[Run, Path], tmp_path: Path) -> None:
     """I4: in new processes, from the checkpoint in the middle of the run: losses, thresholds and weights to
     the bit."""
     straight, folder = base
-    resumed = pretrain(
-        f"{EP2} --train-iters {ITERATIONS} --load {folder} --ckpt-step 6 --save {tmp_path}", folder=tmp_path
-    )
+    flags = f"--load {folder} --ckpt-step 6 --save {tmp_path} --tensorboard-dir {tmp_path}/tb"
+    resumed = pretrain(f"{EP2} --train-iters {ITERATIONS} {flags}", folder=tmp_path)
     assert sorted(resumed.trace) == [7, 8, 9, 10]
     for step, record in resumed.trace.items():
         assert record == straight.trace[step]
@@ -108,6 +161,9 @@ def test_resume_is_bitwise(base: tuple[Run, Path], tmp_path: Path) -> None:
     # The second loss that a run prints is the mean of its first two (training_log keeps its sums once).
     assert [resumed.loss[s] for s in (7, 9, 10)] == [straight.loss[s] for s in (7, 9, 10)]
     assert resumed.evaluation == straight.evaluation
+    # A start has an event file of its own, and it the charts, once.
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert len(events.Tensors(CONFIG_SUMMARY_TAG)) == 1
     assert_same_tensors(checkpoint_tensors(folder, 10), checkpoint_tensors(tmp_path, 10))
 
 

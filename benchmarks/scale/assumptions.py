@@ -1,7 +1,5 @@
-"""Numbers of the hardware that nothing here has measured. A file of measured ones takes their place.
-
-    name,value,source
-    hbm_efficiency,0.82,benchmarks/results/copy_h100.csv
+"""Numbers of the hardware that nothing here has measured. A file of measured ones takes their place:
+columns name, value, source; a line `hbm_efficiency,0.82,copy_h100.csv` is one number.
 """
 
 import csv
@@ -22,21 +20,25 @@ class Assumption:
     source: str
 
 
+SHEET, NCCL, GUESS = "H100 SXM data sheet", "NCCL's tuning.cc: ring, Simple", "assumption"
 TABLE = (
-    Assumption("nvlink", 450e9, "NVLink 4, bytes/s of a GPU in one direction", "H100 data sheet: 900 GB/s both"),
-    Assumption("nvlink_efficiency", 0.8, "of it that collectives reach", "assumption; NVIDIA/nccl issue 1264: 0.83"),
-    Assumption("nic", 50e9, "NDR InfiniBand, bytes/s of a GPU's NIC in one direction", "DGX H100: 400 Gb/s a GPU"),
-    Assumption("nic_efficiency", 0.85, "of it that collectives reach", "assumption"),
-    Assumption("nvlink_hop", 3.4e-6, "seconds of a step inside a node", "NCCL's tuning.cc, ring, Simple"),
-    Assumption("nic_hop", 9.6e-6, "seconds of a step between nodes", "NCCL's tuning.cc, ring, Simple"),
-    Assumption("collective_launch", 8.4e-6, "seconds before a collective starts", "NCCL's tuning.cc, ring, Simple"),
-    Assumption("hbm", 3.35e12, "HBM3, bytes/s", "H100 SXM data sheet"),
-    Assumption("hbm_efficiency", 0.7, "of it that elementwise kernels reach", "assumption"),
-    Assumption("kernel_launch", 5e-6, "seconds a small kernel takes at least, in a row of them", "assumption"),
-    Assumption("atomic_bytes", 64.0, "HBM bytes that one counted logit costs the fused kernel at worst", "assumption: a 32-byte sector read and written"),
-    Assumption("peak_bf16", 989e12, "FLOP/s", "H100 SXM data sheet, dense"),
-    Assumption("peak_fp8", 1979e12, "FLOP/s", "H100 SXM data sheet, dense"),
-    Assumption("gemm_efficiency", 0.55, "of the peak that grouped GEMMs reach", "assumption"),
+    Assumption("nvlink", 450e9, "NVLink 4, bytes/s of a GPU in one direction", SHEET),
+    Assumption("nvlink_efficiency", 0.8, "of it that collectives reach", f"{GUESS}; NCCL issue 1264: 0.83"),
+    Assumption("nic", 50e9, "NDR InfiniBand, bytes/s of a GPU's NIC in one direction", "DGX H100 data sheet"),
+    Assumption("nic_efficiency", 0.85, "of it that collectives reach", GUESS),
+    Assumption("nvlink_hop", 3.4e-6, "seconds of a step inside a node", NCCL),
+    Assumption("nic_hop", 9.6e-6, "seconds of a step between nodes", NCCL),
+    Assumption("collective_launch", 8.4e-6, "seconds before a collective starts", NCCL),
+    Assumption("hbm", 3.35e12, "HBM3, bytes/s", SHEET),
+    Assumption("hbm_efficiency", 0.7, "of it that elementwise kernels reach", GUESS),
+    Assumption("kernel_launch", 5e-6, "seconds that each of many small kernels takes at least", GUESS),
+    Assumption(
+        "atomic_bytes", 64.0, "HBM bytes of a logit that the fused kernel counts, at worst",
+        f"{GUESS}: a 32-byte sector read and written",
+    ),
+    Assumption("peak_bf16", 989e12, "FLOP/s, dense", SHEET),
+    Assumption("peak_fp8", 1979e12, "FLOP/s, dense", SHEET),
+    Assumption("gemm_efficiency", 0.55, "of the peak that grouped GEMMs reach", GUESS),
 )  # fmt: skip
 
 

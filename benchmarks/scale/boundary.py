@@ -97,7 +97,7 @@ def traffic(work: Callable[[], Any]) -> Traffic:
 @functools.cache
 def measure() -> Costs:
     """Run the boundary and a micro-batch of real routers."""
-    with mock.patch.object(torch.cuda, "current_device", lambda: "cpu"):
+    with mock.patch.object(torch.cuda, "current_device", return_value="cpu"):
         from megatron_et.synchronize import commit, finish_reduction, start_reduction
         from tests.captured import router
 
@@ -127,4 +127,3 @@ def measure() -> Costs:
 def sizes(experts: int, topk: int) -> RouterBytes:
     """Bytes of one router, as the classes have them."""
     return router_bytes(experts, topk, "histogram")
-

@@ -54,9 +54,7 @@ def statistics(
     reduced = int(placement.stage_routers * (now + histogram * (scale - 1.0)))
     counts = placement.stage_routers * shape.experts * boundary.BINS * scale
     ranks = placement.statistics_ranks
-    times = {
-        name: algorithm(reduced, ranks, hardware.network) for name, algorithm in ALGORITHMS.items()
-    }
+    times = {name: algorithm(reduced, ranks, hardware.network) for name, algorithm in ALGORITHMS.items()}
     name, _ = best(reduced, ranks, hardware.network)
     tokens = placement.layout.sequences * SEQUENCE / placement.gpus
     pairs = tokens * shape.moe_layers * shape.experts
@@ -133,9 +131,7 @@ def slowdown(placement: Placement, hardware: Hardware, drawn: Drawn) -> Slowdown
     )
     base = exposure(placement, hardware)
     hidden = base.grouped_gemm * (gemm - 1.0) / base.step
-    return Slowdown(
-        gemm, traffic, 1.0 + hidden, 1.0 + hidden + base.all_to_all * (traffic - 1.0) / base.step
-    )
+    return Slowdown(gemm, traffic, 1.0 + hidden, 1.0 + hidden + base.all_to_all * (traffic - 1.0) / base.step)
 
 
 def largest_of(number: int) -> float:

@@ -11,6 +11,7 @@ from benchmarks.scale.loads import Group, Rule, Text, sequence_rates
 from benchmarks.scale.quadrature import correlation_of, solve
 from benchmarks.scale.runs import Loads
 
+
 def fit(loads: Loads, rule: Rule, group: Group) -> Text:
     """The text whose loads have the run's moments, layers averaged."""
     counts_NLSE = loads.counts_NLSE.astype(np.float64)

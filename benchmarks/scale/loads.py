@@ -1,4 +1,4 @@
-"""How evenly a MoE layer loads the ranks of an expert-parallel group: a simulation of what they send and receive.
+"""How evenly a MoE layer loads the ranks of an expert-parallel group: what they send and receive, simulated.
 
 A token's logit for an expert is normal: a part that all tokens of its sequence share, expert by expert
 (`own`), a part that they share for all experts (`common`), and the rest, its own. Expert Threshold takes
@@ -35,8 +35,8 @@ class Text:
     dispersion: float = 0.0
     """Variance of a token's fan-out over that of independent experts, less 1."""
     wander: float = 0.0
-    """Sd of an expert's expected load around the target, relative. ET: how far thresholds are from the
-    batch's quantile (noise and lag). Top-k: what the auxiliary loss leaves of unequal popularity."""
+    """Sd of an expert's expected load around the target, relative; lognormal. ET: how far thresholds are from
+    the batch's quantile (noise and lag). Top-k: what the auxiliary loss leaves of unequal popularity."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,13 @@ class Drawn:
 
 
 def draw(
-    rng: np.random.Generator, rule: Rule, group: Group, text: Text, draws: int, *, capacity: float | None = None
+    rng: np.random.Generator,
+    rule: Rule,
+    group: Group,
+    text: Text,
+    draws: int,
+    *,
+    capacity: float | None = None,
 ) -> Drawn:
     """Loads of a layer.
 
@@ -143,13 +149,12 @@ def capacity_band(group: Group, capacity: float) -> tuple[int, int]:
     return int(k * max(1.0 - capacity, 0.0)), int(k * (1.0 + capacity))
 
 
-def sequence_rates(
-    rng: np.random.Generator, rule: Rule, group: Group, text: Text, draws: int
-) -> np.ndarray:
+def sequence_rates(rng: np.random.Generator, rule: Rule, group: Group, text: Text, draws: int) -> np.ndarray:
     """Share of its tokens that each sequence sends to each expert, in expectation, [D, S, E]."""
     size = (draws, group.sequences, group.experts)
-    target_D1E = group.rate * (1.0 + text.wander * rng.standard_normal((draws, 1, group.experts)))
-    target_D1E = target_D1E.clip(0.05 * group.rate, min(20.0 * group.rate, 0.999))
+    width = math.sqrt(math.log1p(text.wander**2))
+    target_D1E = np.exp(width * rng.standard_normal((draws, 1, group.experts)) - 0.5 * width**2)
+    target_D1E = (group.rate * target_D1E).clip(max=0.999)
     own_DSE = math.sqrt(text.own) * rng.standard_normal(size) if text.own else np.zeros(size)
     spread = 1.0 - text.own - text.common
     if rule == "ET":
@@ -173,4 +178,3 @@ def cutoff_variance(group: Group) -> float:
     cutoff = float(logit_of(group.rate))
     density = math.exp(-0.5 * cutoff**2) / math.sqrt(2.0 * math.pi)
     return group.rate * (1.0 - group.rate) / (group.experts * density**2)
-

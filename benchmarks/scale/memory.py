@@ -43,11 +43,16 @@ KEPT = (
 )
 
 
-def cumulants(group: Group, text: Text) -> np.ndarray:
-    """log E exp(t X) for TILTS, X the rows that a rank receives in one layer and micro-batch under ET.
+def cumulants(group: Group, text: Text, popularity: float = 1.0) -> np.ndarray:
+    """log E exp(t X) for TILTS, X the rows that a rank receives in one layer and micro-batch.
 
-    `dispersion` and `wander` are left out: both are small beside what sequences have in common.
+    `dispersion` and `wander` are left out: both are small beside what sequences have in common. For top-k it
+    is an upper bound: that more for one expert is less for another is not used.
+
+    Args:
+        popularity: expected load of the rank's experts over the target.
     """
+    target = min(group.rate * popularity, 0.999)
     experts = group.experts // group.ranks
     tokens = group.rank_tokens * group.ranks // group.sequences
     share = text.own / (1.0 - text.common)
@@ -55,7 +60,7 @@ def cumulants(group: Group, text: Text) -> np.ndarray:
     common_V = NODES if text.common else np.zeros(1)
     for column, common in enumerate(common_V):
         # Given the common part, an expert's rate is that of a threshold moved the other way.
-        rate = float(rates(group.rate, common, text.common))
+        rate = float(rates(target, common, text.common))
         rate_U = rates(rate, NODES, share) if share else np.full(1, rate)
         weight_U = WEIGHTS if share else np.ones(1)
         # log E (1 + p (e^t - 1))^tokens

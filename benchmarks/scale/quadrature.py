@@ -41,12 +41,14 @@ def correlation_of(rate: float, covariance: float) -> float:
     return solve(lambda share: joint_share(rate, share) - rate**2, covariance)
 
 
-def solve(rising: Callable[[float], float], wanted: float) -> float:
-    """Where a rising function has a value, between 0 and LARGEST_SHARE."""
-    low, high = 0.0, LARGEST_SHARE
+def solve(
+    rising: Callable[[float], float], wanted: float, high: float = LARGEST_SHARE, tolerance: float = 1e-5
+) -> float:
+    """Where a rising function has a value, between 0 and `high`; one of the ends if it is beyond."""
+    low = 0.0
     if wanted <= rising(low):
         return low
-    for _ in range(40):
+    while high - low > tolerance:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if rising(middle) < wanted else (low, middle)
     return 0.5 * (low + high)

@@ -1,9 +1,9 @@
-"""Real training runs whose loads are checked against the model: the quickstart's GPT on its text, CPU and gloo.
+"""Real training runs whose loads the model has to predict: the quickstart's GPT on its text, CPU and gloo.
 
 Every run has one micro-batch per rank and step and an expert-parallel group of all its ranks, so that a
 rank's load is its experts' load over the whole global batch.
 
-Dimension letters: N steps, L MoE layers, S sequences of a step over all ranks, R ranks, E experts.
+Dimension letters: N steps, L MoE layers, S sequences of a step over all ranks, E experts.
 """
 
 import json
@@ -64,7 +64,8 @@ def train(router: str, ranks: int, data: Path, scratch: Path) -> Loads:
         *(*quickstart.MODEL_ARGS, *quickstart.MOE_ARGS, *quickstart.TRAINING_ARGS),
         *("--expert-model-parallel-size", str(ranks), "--micro-batch-size", str(SEQUENCES)),
         *("--global-batch-size", str(SEQUENCES * ranks), "--train-iters", str(STEPS)),
-        *("--eval-iters", "0", "--eval-interval", str(STEPS), "--log-interval", "1", *quickstart.data_args(data)),
+        *("--eval-iters", "1", "--eval-interval", str(STEPS), "--log-interval", "1"),
+        *quickstart.data_args(data),
         *(*ROUTERS[router], *warmup, *trace),
     ]
     run = torchrun(arguments, ranks, env={FOLDER: str(scratch / name)}, timeout=LIMIT)
@@ -89,15 +90,3 @@ def read(folder: Path, ranks: int) -> Loads:
         bound = [[layer["at_bound"] for layer in record["layers"].values()] for record in records]
         at_bound = float(np.mean(bound[first:]))
     return Loads(counts_NLSE[first:], squares_NLS[first:], at_bound)
-
-
-def receive_NLR(loads: Loads, ranks: int) -> np.ndarray:
-    """Rows that each rank receives: its experts' tokens of all ranks."""
-    counts_NLE = loads.counts_NLSE.sum(axis=2)
-    return counts_NLE.reshape(*counts_NLE.shape[:2], ranks, -1).sum(axis=3)
-
-
-def send_NLR(loads: Loads, ranks: int) -> np.ndarray:
-    """Rows that each rank sends: the fan-out of its tokens."""
-    fanout_NLS = loads.counts_NLSE.sum(axis=3)
-    return fanout_NLS.reshape(*fanout_NLS.shape[:2], ranks, -1).sum(axis=3)

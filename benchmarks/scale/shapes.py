@@ -172,9 +172,7 @@ def place(shape: Shape, gpus: int) -> Placement:
     layout = shape.layout
     layout = replace(layout, ep=min(layout.ep, gpus))
     layout = replace(layout, pp=min(layout.pp, gpus // layout.ep))
-    return Placement(
-        shape, gpus, replace(layout, sequences=max(layout.sequences, gpus // layout.tp))
-    )
+    return Placement(shape, gpus, replace(layout, sequences=max(layout.sequences, gpus // layout.tp)))
 
 
 SHAPES = (

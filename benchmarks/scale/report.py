@@ -1,5 +1,7 @@
 """scale_model.md from the rows of the tables."""
 
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.scale import check, memory, runs, tables
@@ -10,26 +12,31 @@ from benchmarks.scale.shapes import GPUS, SHAPES, SOURCES
 from benchmarks.scale.tables import LOAD_GPUS, Row
 
 MODEL = f"""
-- **Step time**: FLOPs of the global batch (6 per active weight, causal attention) over the published TFLOP/s, the
-  same for every number of GPUs. The global batch is the published one, or larger where a pipeline would have
-  fewer micro-batches than stages: the shortest step that a layout allows, which is the worst for the statistics.
-- **Statistics**: bytes are those of the classes (`megatron_et/check/sizes.py`); operations, bytes and memory of
-  counting and of the boundary were counted by running the real code. Nothing is taken as hidden behind the
-  gradients' reduction, beside which the statistics travel.
-- **Counting** with `--moe-et-kernels torch` is so many bytes at HBM speed. What it costs the fused kernel,
-  which reads the logits anyway, no one has measured: shown is a bound, every count a sector of HBM read and written.
-- **All-reduce**: hops and bytes over NVLink and NICs as a ring, a tree over nodes, and reduce-scatter + tree +
-  all-gather; the fastest counts. No SHARP, no contention.
-- **Loads**: a token's logit is normal; a share `own` of its variance is common to a sequence's tokens for each
-  expert separately, a share `common` for all experts. Layers, sequences and experts are independent otherwise.
-  ET: thresholds at the target rate, with the error of beta {tables.BETA} at a drift of {tables.DRIFT:g} sd a batch. Top-k: mean field.
-- **Busiest rank**: rows that the busiest rank of an expert-parallel group receives, over forced balance; all its
-  ranks wait for it in every layer. **Busiest direction**: the larger of rows sent and received by any rank.
-- **Step**: grouped GEMMs at the assumed efficiency, scaled by the busiest rank; the all-to-all either hidden or not.
-- **Memory**: rows kept for the backward pass by the first pipeline stage: as many layer-micro-batches as the
-  model has MoE layers, with or without pipelining. Chernoff's bound, so the true need is somewhat less.
-  "layers alike" takes all layers of a rank to be loaded alike, the worst case.
-"""  # noqa: E501
+- **Step time**: FLOPs of the global batch (6 per active weight, causal attention) over the published
+  TFLOP/s, the same for every number of GPUs. The global batch is the published one, or larger where a
+  pipeline would have fewer micro-batches than stages: the shortest step that a layout allows, which is
+  the worst for the statistics.
+- **Statistics**: bytes are those of the classes (`megatron_et/check/sizes.py`); operations, bytes and
+  memory of counting and of the boundary were counted by running the real code. Nothing is taken as hidden
+  behind the gradients' reduction, beside which the statistics travel.
+- **Counting** with `--moe-et-kernels torch` is so many bytes at HBM speed. What it costs the fused
+  kernel, which reads the logits anyway, no one has measured: shown is a bound, every count a sector of
+  HBM read and written.
+- **All-reduce**: hops and bytes over NVLink and NICs as a ring, a tree over nodes, and reduce-scatter +
+  tree + all-gather; the fastest counts. No SHARP, no contention.
+- **Loads**: a token's logit is normal; a share `own` of its variance is common to a sequence's tokens for
+  each expert separately, a share `common` for all experts. Layers, sequences and experts are independent
+  otherwise. ET: thresholds at the target rate, with the error of beta {tables.BETA} at a drift of
+  {tables.DRIFT:g} sd a batch. Top-k: mean field.
+- **Busiest rank**: rows that the busiest rank of an expert-parallel group receives, over forced balance;
+  all its ranks wait for it in every layer. **Busiest direction**: the larger of rows sent and received by
+  any rank.
+- **Step**: grouped GEMMs at the assumed efficiency, scaled by the busiest rank; the all-to-all either
+  hidden or not.
+- **Memory**: rows kept for the backward pass by the first pipeline stage: as many layer-micro-batches as
+  the model has MoE layers, with or without pipelining. Chernoff's bound, so the true need is somewhat
+  less. "layers alike" takes all layers of a rank to be loaded alike, the worst case.
+"""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -39,8 +46,16 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def prose(text: str) -> list[str]:
-    """Lines as they are, and an empty one."""
-    return [*text.strip().splitlines(), ""]
+    """A paragraph, or a list of `- ` items, filled, and an empty line."""
+    items = re.split(r"\n(?=- )", text.strip())
+    lines = []
+    for item in items:
+        indent = "  " if item.startswith("- ") else ""
+        words = " ".join(item.split())
+        lines += textwrap.wrap(
+            words, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return [*lines, ""]
 
 
 class Rows:
@@ -144,29 +159,31 @@ def _findings(get: Rows) -> list[str]:
         "## What it says",
         "",
         *prose(f"""
-- **Reduction + boundary stay below {percent(TARGET)} of a step in {len(holds)} of {len(SHAPES) * len(GPUS)} cases**
-  (shapes x GPUs, nothing hidden). Not for {", ".join(misses)}: there the batch is as small as the layout allows and
-  the step short. The worst, {worst} on {most:,} GPUs: {reduced:.0f} MB by {algorithm}, {percent(once, 2)}. int32
-  counts would make it {percent(int32, 2)}, int16 counts in 256 bins {percent(smallest, 2)}: in the end the number
-  of small kernels at the boundary counts, not bytes.
-- **Counting costs more**, at every scale alike: {torch} of a step with `--moe-et-kernels torch`; with `triton` at
-  most {triton}, which is a bound, not a measurement. Everything together below {percent(TARGET)} is out of reach for
-  many small experts with torch, and hangs on the fused kernel.
-- **Busiest rank under ET**: {span("ET, independent tokens", "grouped_gemm")} of forced balance if tokens were
-  independent, {span(tiny, "grouped_gemm")} with the text of the tiny GPT, {span(uneven, "grouped_gemm")} if
-  sequences are as uneven as docs/choosing.md supposes. Step, all-to-all hidden: {span(tiny, "step_hidden")} and
-  {span(uneven, "step_hidden")}.
-- **Natural top-k, published**: the slowdowns at four sequence lengths imply one and the same busiest rank,
-  {min(implied):.2f} to {max(implied):.2f}. It does not grow from two sequences a group to a part of one, so it looks
-  like unequal popularity of experts, which thresholds remove, rather than uneven sequences, which they do not. That
-  ET would gain most of what forced balance gains is a conclusion, not a measurement.
-- **Capacity with the pool `microbatch` is no rare guard when a micro-batch is one sequence**: at C=0.5 it acts on
-  {percent(min(acts))} to {percent(max(acts))} of experts and micro-batches of uneven text, and there routes by rank
-  in the pool, not by threshold. The bound 1 + C is hard for this pool only: a global pool bounds an expert's sum over
-  all ranks, not what one expert-parallel group sends.
+- **Reduction + boundary stay below {percent(TARGET)} of a step in {len(holds)} of
+  {len(SHAPES) * len(GPUS)} cases** (shapes x GPUs, nothing hidden). Not for {", ".join(misses)}: there
+  the batch is as small as the layout allows and the step short. The worst, {worst} on {most:,} GPUs:
+  {reduced:.0f} MB by {algorithm}, {percent(once, 2)}. int32 counts would make it {percent(int32, 2)},
+  int16 counts in 256 bins {percent(smallest, 2)}: in the end the number of small kernels at the boundary
+  counts, not bytes.
+- **Counting costs more**, at every scale alike: {torch} of a step with `--moe-et-kernels torch`; with
+  `triton` at most {triton}, which is a bound, not a measurement. Everything together below
+  {percent(TARGET)} is out of reach for many small experts with torch, and hangs on the fused kernel.
+- **Busiest rank under ET**: {span("ET, independent tokens", "grouped_gemm")} of forced balance if tokens
+  were independent, {span(tiny, "grouped_gemm")} with the text of the tiny GPT,
+  {span(uneven, "grouped_gemm")} if sequences are as uneven as docs/choosing.md supposes. Step, all-to-all
+  hidden: {span(tiny, "step_hidden")} and {span(uneven, "step_hidden")}.
+- **Natural top-k, published**: the slowdowns at four sequence lengths imply one and the same busiest
+  rank, {min(implied):.2f} to {max(implied):.2f}. It does not grow from two sequences a group to a part of
+  one, so it looks like unequal popularity of experts, which thresholds remove, rather than uneven
+  sequences, which they do not. That ET would gain most of what forced balance gains is a conclusion, not
+  a measurement.
+- **Capacity with the pool `microbatch` is no rare guard when a micro-batch is one sequence**: at C=0.5 it
+  acts on {percent(min(acts))} to {percent(max(acts))} of experts and micro-batches of uneven text, and
+  there routes by rank in the pool, not by threshold. The bound 1 + C is hard for this pool only: a global
+  pool bounds an expert's sum over all ranks, not what one expert-parallel group sends.
 - **Head-room without capacity**, {tables.STEPS:,} steps on {LOAD_GPUS:,} GPUs, P(out of memory) <
-  {tables.PROBABILITY:g}: {span(tiny, "layers", "head-room")} times the mean of the routed rows if layers are
-  independent, {span(tiny, "alike", "head-room")} if they are alike (tiny GPT's text);
+  {tables.PROBABILITY:g}: {span(tiny, "layers", "head-room")} times the mean of the routed rows if layers
+  are independent, {span(tiny, "alike", "head-room")} if they are alike (tiny GPT's text);
   {span(uneven, "layers", "head-room")} and {span(uneven, "alike", "head-room")} (uneven).
 """),
     ]
@@ -212,9 +229,9 @@ def _statistics(get: Rows) -> list[str]:
     lines = ["## Cost of the statistics", ""]
     lines += ["![share of a step](scale_statistics.png)", ""]
     lines += prose("""
-Once a step, whatever the number of tokens. `memory`: most that the accumulators, the vector that is sent and
-the quantile's temporaries hold at once. `+ torch`, `+ triton`: with the counting of all micro-batches (triton:
-at most).
+Once a step, whatever the number of tokens. `memory`: most that the accumulators, the vector that is sent
+and the quantile's temporaries hold at once. `+ torch`, `+ triton`: with the counting of all micro-batches
+(triton: at most).
 """)
     rows = []
     for shape in SHAPES:
@@ -252,8 +269,8 @@ def _sensitivity(get: Rows) -> list[str]:
 def _loads(get: Rows) -> list[str]:
     lines = ["## Imbalance of the all-to-all and of the experts", "", "![loads](scale_loads.png)", ""]
     lines += prose("""
-Busiest rank / busiest direction, over forced balance, mean over layers; then the sd of all rows of a group,
-in % (top-k: 0, its sum is fixed).
+Busiest rank / busiest direction, over forced balance, mean over layers; then the sd of all rows of a
+group, in % (top-k: 0, its sum is fixed).
 """)
     names = get.settings("loads")
 
@@ -325,8 +342,8 @@ def _thresholds(get: Rows) -> list[str]:
     ]
     lines += markdown(["", *(shape.name for shape in SHAPES)], rows)
     return lines + prose("""
-Errors of single experts average out over a rank's experts. A drift of all experts in one direction does not:
-then every rank has that much more, or less, than the target.
+Errors of single experts average out over a rank's experts. A drift of all experts in one direction does
+not: then every rank has that much more, or less, than the target.
 """)
 
 
@@ -339,8 +356,8 @@ def _memory(get: Rows) -> list[str]:
     lines += markdown(["kept", *(shape.name for shape in SHAPES)], rows)
     lines += prose(f"""
 Head-room, times the mean, for {tables.STEPS:,} steps on {LOAD_GPUS:,} GPUs with P(out of memory) <
-{tables.PROBABILITY:g}; layers independent / layers alike. The second is also what the buffers of a single layer
-need, and all that counts when MoE layers are recomputed.
+{tables.PROBABILITY:g}; layers independent / layers alike. The second is also what the buffers of a single
+layer need, and all that counts when MoE layers are recomputed.
 """)
     names = get.settings("head-room")
     rows = [
@@ -356,18 +373,18 @@ need, and all that counts when MoE layers are recomputed.
     ]
     lines += markdown(["", *(shape.name for shape in SHAPES)], rows)
     return lines + prose("""
-Top-k's sum over experts is fixed and only its skew varies: a rank is far off when its experts are. ET's sum
-varies too, so all ranks of a group can be above the mean at once. With a capacity C (pool `microbatch`) a rank
-never has more than 1 + C, whatever the text.
+Top-k's sum over experts is fixed and only its skew varies: a rank is far off when its experts are. ET's
+sum varies too, so all ranks of a group can be above the mean at once. With a capacity C (pool
+`microbatch`) a rank never has more than 1 + C, whatever the text.
 """)
 
 
 def _capacity(get: Rows) -> list[str]:
     lines = ["## What capacity buys", ""]
     lines += prose("""
-`--moe-et-capacity-factor C`, pool `microbatch` of one sequence (shared by the tensor-parallel ranks). Head-room
-(the smaller of 1 + C and the head-room without, layers independent) / busiest rank / share of experts and
-micro-batches where the bound acts / rows dropped / filled in, % of all.
+`--moe-et-capacity-factor C`, pool `microbatch` of one sequence (shared by the tensor-parallel ranks).
+Head-room (the smaller of 1 + C and the head-room without, layers independent) / busiest rank / share of
+experts and micro-batches where the bound acts / rows dropped / filled in, % of all.
 """)
     names = [name for name in get.settings("head-room") if name.startswith("ET")]
     for name in names:
@@ -393,8 +410,8 @@ micro-batches where the bound acts / rows dropped / filled in, % of all.
 def _checks(get: Rows) -> list[str]:
     lines = ["## Checks", "", "### All-reduce: seconds = latency + bytes / speed, on gloo", ""]
     lines += prose("""
-The line is fitted to plain int64 vectors of 8 KiB to 16 MiB; then the statistics of real routers are reduced by
-`synchronize.start_reduction` (less the time of the same without a group).
+The line is fitted to plain int64 vectors of 8 KiB to 16 MiB; then the statistics of real routers are
+reduced by `synchronize.start_reduction` (less the time of the same without a group).
 """)
     rows = []
     for ranks in (2, 4):
@@ -420,10 +437,10 @@ The line is fitted to plain int64 vectors of 8 KiB to 16 MiB; then the statistic
 def _run_checks(get: Rows) -> list[str]:
     lines = ["### Loads of real training", ""]
     lines += prose(f"""
-Megatron on CPU, the quickstart's GPT on its text (code and prose): {runs.EXPERTS} experts, topk {runs.TOPK},
-{runs.SEQUENCES} sequences of {runs.SEQUENCE} tokens a rank and step, expert parallel over all ranks; {runs.STEPS}
-steps, the first {runs.WARMUP + runs.SETTLE} left out. Text fitted to the first half of the rest, loads of the
-second half.
+Megatron on CPU, the quickstart's GPT on its text (code and prose): {runs.EXPERTS} experts, topk
+{runs.TOPK}, {runs.SEQUENCES} sequences of {runs.SEQUENCE} tokens a rank and step, expert parallel over
+all ranks; {runs.STEPS} steps, the first {runs.WARMUP + runs.SETTLE} left out. Text fitted to the first
+half of the rest, loads of the second half.
 """)
     columns = ("measured", "predicted", "predicted from the other run", "predicted, independent tokens")
     quantities = list(check.summary(check.predicted("ET", 2, tables.UNEVEN)))
@@ -448,8 +465,8 @@ second half.
         for ranks in (2, 4)
     )
     return lines + prose(f"""
-Variance of a rank's rows summed over the 3 MoE layers, over that of independent layers (3 if they went alike):
-{together}.
+Variance of a rank's rows summed over the 3 MoE layers, over that of independent layers (3 if they went
+alike): {together}.
 """)
 
 
@@ -458,11 +475,13 @@ def _published_check(get: Rows) -> list[str]:
     wander = get("natural routing", shape, 256, "", "popularity")
     lines = ["### Natural routing against forced balance, published", ""]
     lines += prose(f"""
-{shape}, 256 H100s, TP4 PP8 EP8 (Megatron-MoE-ModelZoo, best_practice/Qwen3): top-k with auxiliary loss, step time
-over forced balance. One number is fitted: the experts' popularity, lognormal with a relative sd of {wander:.2f}.
-The assumed efficiencies decide its size; that it is the same for all four is no assumption.
+{shape}, 256 H100s, TP4 PP8 EP8 (Megatron-MoE-ModelZoo, best_practice/Qwen3): top-k with auxiliary loss,
+step time over forced balance. One number is fitted: the experts' popularity, lognormal with a relative sd
+of {wander:.2f}. The assumed efficiencies decide its size; that it is the same for all four is no
+assumption.
 """)
-    columns = ("published", "implied busiest rank", "busiest rank", "predicted", "predicted, tiny GPT's text")
+    columns = ("published", "implied busiest rank", "busiest rank", "predicted")
+    columns = (*columns, "predicted, tiny GPT's text")
     rows = [
         [
             f"{point.sequence:,}",

@@ -1,7 +1,7 @@
 """Loads of real runs beside those that the model predicts for them.
 
-The first half of a run's settled steps gives its `Text` (fit.py); the second half is what is predicted. A run
-at one expert-parallel size is also predicted from the text of the other.
+Every other one of a run's settled steps gives its `Text` (fit.py); the steps between are what is predicted. A
+run at one expert-parallel size is also predicted from the text of the other.
 
 Dimension letters: N steps, L MoE layers, S sequences of a step, R ranks, E experts.
 """

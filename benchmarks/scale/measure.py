@@ -20,7 +20,7 @@ class Measured(NamedTuple):
     """One number."""
 
     kind: str
-    """environment, text (fitted to the first half of a run), load (of its second half), vector or routers."""
+    """environment, text (fitted to every other step of a run), load (of the steps between), vector or routers."""
     setting: str
     ranks: int
     quantity: str
@@ -33,16 +33,16 @@ def rule_of(router: str) -> Rule:
 
 
 def of_run(router: str, ranks: int, loads: runs.Loads) -> list[Measured]:
-    """Text of the first half, loads of the second."""
+    """Text of every other step, loads of those between."""
     rows = []
     if router in ("ET", "top-k"):
-        text = fit(loads.part(0), rule_of(router), check.group(ranks))
+        text = fit(loads.every_other(0), rule_of(router), check.group(ranks))
         rows += [Measured("text", router, ranks, *pair) for pair in _texts(vars(text))]
-    second = check.summary(check.observed(loads.part(1), ranks))
-    second["layers together"] = check.layers_together(loads, ranks)
+    between = check.summary(check.observed(loads.every_other(1), ranks))
+    between["layers together"] = check.layers_together(loads, ranks)
     if loads.at_bound is not None:
-        second["at capacity bound, traced"] = loads.at_bound
-    return rows + [Measured("load", router, ranks, *pair) for pair in _texts(second)]
+        between["at capacity bound, traced"] = loads.at_bound
+    return rows + [Measured("load", router, ranks, *pair) for pair in _texts(between)]
 
 
 def _texts(numbers: dict[str, float]) -> list[tuple[str, str]]:

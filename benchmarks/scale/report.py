@@ -439,9 +439,16 @@ def _run_checks(get: Rows) -> list[str]:
     lines += prose(f"""
 Megatron on CPU, the quickstart's GPT on its text (code and prose): {runs.EXPERTS} experts, topk
 {runs.TOPK}, {runs.SEQUENCES} sequences of {runs.SEQUENCE} tokens a rank and step, expert parallel over
-all ranks; {runs.STEPS} steps, the first {runs.WARMUP + runs.SETTLE} left out. Text fitted to the first
-half of the rest, loads of the second half.
+all ranks; {runs.STEPS} steps, the first {runs.WARMUP + runs.SETTLE} left out. Text fitted to every other
+step of the rest, loads of the steps between.
 """)
+    names = ("own", "common", "dispersion", "wander")
+    fitted = [
+        [f"{router}, EP{ranks}", *(f"{get('text', router, ranks, '', name):.3f}" for name in names)]
+        for router in ("ET", "top-k")
+        for ranks in (2, 4)
+    ]
+    lines += markdown(["text", *names], fitted)
     columns = ("measured", "predicted", "predicted from the other run", "predicted, independent tokens")
     quantities = list(check.summary(check.predicted("ET", 2, tables.UNEVEN)))
     for router in ("ET", "top-k"):

@@ -47,10 +47,10 @@ class Loads:
     at_bound: float | None
     """Share of experts and micro-batches in which capacity decided the load, from the trace."""
 
-    def part(self, half: int) -> "Loads":
-        """First (0) or second (1) half of the steps."""
-        cut = len(self.counts_NLSE) // 2
-        steps = slice(cut, None) if half else slice(cut)
+    def every_other(self, first: int) -> "Loads":
+        """Half of the steps, from the first (0) or the second (1) on. Not halves of the run: a network that
+        learns is another one later."""
+        steps = slice(first, None, 2)
         return Loads(self.counts_NLSE[steps], self.fanout_squares_NLS[steps], self.at_bound)
 
 

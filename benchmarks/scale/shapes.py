@@ -18,7 +18,7 @@ SOURCES = """
 - Qwen3-235B-A22B: TP2 PP8 EP32, 2,048 sequences, 320 TFLOP/s bf16 (Megatron-MoE-ModelZoo, best practice).
 - DeepSeek-V3: TP2 PP8 EP64, 8,192 sequences, 338 TFLOP/s FP8 on 1,024 GPUs (Megatron-Bridge, performance
   summary 25.09).
-All four were measured with forced balance.
+- All four speeds were measured with forced balance.
 """
 
 

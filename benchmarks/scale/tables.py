@@ -301,6 +301,8 @@ def _run_rows(measured: Sequence[Measured]) -> Iterator[Row]:
                 "predicted from the other run": Text(**numbers(measured, "text", router, 6 - ranks)),
                 "predicted, independent tokens": Text(),
             }
+            for quantity, value in numbers(measured, "text", router, ranks).items():
+                yield Row("text", router, ranks, "", quantity, value)
             for name, text in texts.items():
                 values = (
                     numbers(measured, "load", router, ranks)

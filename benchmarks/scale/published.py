@@ -1,0 +1,89 @@
+"""The one published measurement of what uneven loads cost: Qwen3-235B-A22B on 256 H100s, natural routing of a
+trained checkpoint (top-k, auxiliary loss) against forced balance.
+
+Source: yanring/Megatron-MoE-ModelZoo, best_practice/Qwen3/readme.md, "Long Context": bf16, DeepEP, TP4 PP8
+EP8, MoE layers recomputed, all-to-all not overlapped.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.scale.assumptions import Hardware
+from benchmarks.scale.cost import Exposure
+from benchmarks.scale.loads import Group, Text, draw
+from benchmarks.scale.network import NODE
+from benchmarks.scale.quadrature import solve
+from benchmarks.scale.shapes import SHAPES
+
+SHAPE = next(shape for shape in SHAPES if shape.name == "Qwen3-235B-A22B")
+TENSOR, EXPERT = 4, 8
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the published table."""
+
+    sequence: int
+    context: int
+    """Context-parallel size."""
+    forced: float
+    natural: float
+    """Model TFLOP/s per GPU."""
+
+    @property
+    def slowdown(self) -> float:
+        """Step time, natural over forced."""
+        return self.forced / self.natural
+
+    @property
+    def group(self) -> Group:
+        """A layer: a sequence is shared by the tensor and context parallel ranks."""
+        return Group(SHAPE.experts, SHAPE.topk, EXPERT, self.sequence, sharers=TENSOR * self.context)
+
+    def exposure(self, hardware: Hardware) -> Exposure:
+        """Seconds of one rank's tokens in all layers. Recomputed: a second forward pass of the experts (4/3
+        of their FLOPs) and of both of its all-to-alls (6 passes instead of 4)."""
+        tokens = self.group.rank_tokens
+        gemm = hardware.multiplying(tokens * SHAPE.expert_flops * 4 / 3, SHAPE.fp8)
+        rows = tokens * SHAPE.topk * SHAPE.moe_layers * (NODE - 1) / NODE
+        traffic = 6 * rows * 2.0 * SHAPE.hidden / hardware.network.nvlink
+        step = tokens * SHAPE.flops(self.sequence) / (self.forced * 1e12)
+        return Exposure(gemm, traffic, step)
+
+    def implied(self, hardware: Hardware) -> float:
+        """Rows of the busiest rank over the mean that make the published slowdown."""
+        base = self.exposure(hardware)
+        return 1.0 + (self.slowdown - 1.0) * base.step / (base.grouped_gemm + base.all_to_all)
+
+    def predicted(self, hardware: Hardware, text: Text, draws: int) -> tuple[float, float]:
+        """Busiest rank over the mean, and the slowdown, of this model."""
+        drawn = draw(np.random.default_rng(2), "top-k", self.group, text, draws)
+        busiest, base = float(drawn.grouped_gemm_D.mean()), self.exposure(hardware)
+        added = base.grouped_gemm * (busiest - 1.0) + base.all_to_all * (drawn.all_to_all_D.mean() - 1.0)
+        return busiest, 1.0 + float(added) / base.step
+
+
+POINTS = (
+    Point(16384, 1, 295.0, 237.0),
+    Point(32768, 2, 335.0, 277.0),
+    Point(65536, 4, 368.0, 320.0),
+    Point(131072, 8, 389.0, 357.0),
+)
+
+
+def implied(hardware: Hardware) -> float:
+    """Mean of the rows."""
+    return float(np.mean([point.implied(hardware) for point in POINTS]))
+
+
+def popularity(hardware: Hardware, own: float, draws: int) -> float:
+    """Unequal popularity of experts (`wander`) that, with sequences of this `own`, makes the implied load of
+    the busiest rank. The first two rows stand for all: the others differ from the second in nothing that is
+    simulated."""
+
+    def busiest(wander: float) -> float:
+        text = Text(own=own, wander=wander)
+        return float(np.mean([point.predicted(hardware, text, draws)[0] for point in POINTS[:2]]))
+
+    return solve(busiest, implied(hardware), high=5.0, tolerance=0.01)

@@ -41,15 +41,31 @@ def summary(drawn: Drawn) -> dict[str, float]:
         "busiest rank, mean": float(drawn.grouped_gemm_D.mean()),
         "busiest rank, 90 % quantile": float(np.quantile(drawn.grouped_gemm_D, 0.9)),
         "busiest direction, mean": float(drawn.all_to_all_D.mean()),
+        "all rows, mean": float(drawn.receive_DR.mean()),
         "sd of a rank's rows": float(drawn.receive_DR.std()),
         "sd of all rows": float(drawn.receive_DR.mean(axis=1).std()),
         "experts outside (1+-0.5)k": float(((counts < fewest) | (counts > most)).mean()),
     }
 
 
-def layers_together(loads: Loads, ranks: int) -> float:
-    """Variance over steps of a rank's rows summed over the layers, over what independent layers would have;
-    the number of layers if all went alike."""
-    counts_NLE = loads.counts_NLSE.sum(axis=2).astype(np.float64)
+def layers_together(loads: Loads, ranks: int) -> dict[str, float]:
+    """Variance of a sum over the layers, over what independent layers would have; the number of layers if all
+    went alike. Of how a rank differs from the mean of the ranks, of how a sequence's fan-out differs from the
+    mean of its step, and of the steps' means (not for top-k, whose fan-out is fixed)."""
+    counts_NLSE = loads.counts_NLSE.astype(np.float64)
+    counts_NLE = counts_NLSE.sum(axis=2)
     rows_NLR = counts_NLE.reshape(*counts_NLE.shape[:2], ranks, -1).sum(axis=3)
-    return float(rows_NLR.sum(axis=1).var(axis=0).mean() / rows_NLR.var(axis=0).sum(axis=0).mean())
+    fanout_NLS = counts_NLSE.sum(axis=3)
+    steps_NL = fanout_NLS.mean(axis=2)
+    found = {"ranks": _together(rows_NLR - rows_NLR.mean(axis=2, keepdims=True))}
+    if steps_NL.std() > 0.0:
+        found |= {
+            "sequences": _together(fanout_NLS - steps_NL[:, :, None]),
+            "steps": _together(steps_NL[:, :, None]),
+        }
+    return found
+
+
+def _together(values_NLX: np.ndarray) -> float:
+    """Variance over N of the sum over L, over the sum of the variances."""
+    return float(values_NLX.sum(axis=1).var(axis=0).mean() / values_NLX.var(axis=0).sum(axis=0).mean())

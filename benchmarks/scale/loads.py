@@ -37,6 +37,11 @@ class Text:
     wander: float = 0.0
     """Sd of an expert's expected load around the target, relative; lognormal. ET: how far thresholds are from
     the batch's quantile (noise and lag). Top-k: what the auxiliary loss leaves of unequal popularity."""
+    sway: float = 0.0
+    """Sd of the expected load of all experts together, relative, lognormal: thresholds that are all too high
+    or all too low. Nothing to top-k."""
+    level: float = 1.0
+    """Mean expected load over the target: not 1 while the logits of all experts drift one way."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,9 @@ def capacity_band(group: Group, capacity: float) -> tuple[int, int]:
 def sequence_rates(rng: np.random.Generator, rule: Rule, group: Group, text: Text, draws: int) -> np.ndarray:
     """Share of its tokens that each sequence sends to each expert, in expectation, [D, S, E]."""
     size = (draws, group.sequences, group.experts)
-    width = math.sqrt(math.log1p(text.wander**2))
-    target_D1E = np.exp(width * rng.standard_normal((draws, 1, group.experts)) - 0.5 * width**2)
-    target_D1E = (group.rate * target_D1E).clip(max=0.999)
+    apart_D1E = lognormal(rng, text.wander, (draws, 1, group.experts))
+    together_D11 = text.level * lognormal(rng, text.sway, (draws, 1, 1))
+    target_D1E = (group.rate * together_D11 * apart_D1E).clip(max=0.999)
     own_DSE = math.sqrt(text.own) * rng.standard_normal(size) if text.own else np.zeros(size)
     spread = 1.0 - text.own - text.common
     if rule == "ET":
@@ -171,6 +176,12 @@ def sequence_rates(rng: np.random.Generator, rule: Rule, group: Group, text: Tex
         # Newton's steps, kept short where the sum is flat.
         shift_DS1 += (missing / np.maximum(density, 1e-12)).clip(-0.5, 0.5)
     return share_above(-(deviate + shift_DS1))
+
+
+def lognormal(rng: np.random.Generator, sd: float, size: tuple[int, ...]) -> np.ndarray:
+    """Factors of mean 1 and this standard deviation."""
+    width = math.sqrt(math.log1p(sd**2))
+    return np.exp(width * rng.standard_normal(size) - 0.5 * width**2)
 
 
 def cutoff_variance(group: Group) -> float:

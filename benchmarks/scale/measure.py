@@ -20,7 +20,7 @@ class Measured(NamedTuple):
     """One number."""
 
     kind: str
-    """environment, text (fitted to every other step of a run), load (of the steps between), vector or routers."""
+    """environment, text (fitted to every other step), load (of the steps between), vector or routers."""
     setting: str
     ranks: int
     quantity: str
@@ -39,7 +39,8 @@ def of_run(router: str, ranks: int, loads: runs.Loads) -> list[Measured]:
         text = fit(loads.every_other(0), rule_of(router), check.group(ranks))
         rows += [Measured("text", router, ranks, *pair) for pair in _texts(vars(text))]
     between = check.summary(check.observed(loads.every_other(1), ranks))
-    between["layers together"] = check.layers_together(loads, ranks)
+    alike = check.layers_together(loads, ranks)
+    between |= {f"layers together, {what}": value for what, value in alike.items()}
     if loads.at_bound is not None:
         between["at capacity bound, traced"] = loads.at_bound
     return rows + [Measured("load", router, ranks, *pair) for pair in _texts(between)]

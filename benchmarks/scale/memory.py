@@ -43,17 +43,19 @@ KEPT = (
 )
 
 
-def cumulants(group: Group, text: Text, popularity: float = 1.0) -> np.ndarray:
-    """log E exp(t X) for TILTS, X the rows that a rank receives in one layer and micro-batch.
+def cumulants(group: Group, text: Text, layers: int = 1, popularity: float = 1.0) -> np.ndarray:
+    """log E exp(t X) for TILTS, X the rows that a rank receives in one micro-batch, layers added.
 
     `dispersion` and `wander` are left out: both are small beside what sequences have in common. For top-k it
     is an upper bound: that more for one expert is less for another is not used.
 
     Args:
+        layers: in which a sequence's common part is the same and everything else independent, as real runs
+            have it (check.layers_together).
         popularity: expected load of the rank's experts over the target.
     """
     target = min(group.rate * popularity, 0.999)
-    experts = group.experts // group.ranks
+    experts = layers * group.experts // group.ranks
     tokens = group.rank_tokens * group.ranks // group.sequences
     share = text.own / (1.0 - text.common)
     per_sequence_V = np.full((len(TILTS), len(NODES) if text.common else 1), -np.inf)
@@ -76,14 +78,13 @@ def _log_mean(exponent: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return largest[..., 0] + np.log(np.exp(exponent - largest) @ weight)
 
 
-def head_room(cumulant: np.ndarray, mean: float, layers: int, occasions: float, probability: float) -> float:
+def head_room(cumulant: np.ndarray, mean: float, occasions: float, probability: float) -> float:
     """What to set aside, over the mean, so that no occasion exceeds it with more than this probability.
 
     Args:
-        cumulant: of one layer and micro-batch, `cumulants`.
-        mean: of one layer and micro-batch, rows.
-        layers: how many independent ones are held at once.
+        cumulant: `cumulants` of all rows that are held at once; those of independent micro-batches add up.
+        mean: of these rows.
         occasions: ranks * steps * micro-batches that must all fit.
     """
-    bound = (layers * cumulant + math.log(occasions / probability)) / TILTS
-    return float(bound.min()) / (layers * mean)
+    bound = (cumulant + math.log(occasions / probability)) / TILTS
+    return float(bound.min()) / mean

@@ -49,16 +49,16 @@ def loads(get: Rows, target: Path) -> None:
         at = place + (i - 0.5 * (len(names) - 1)) * width
         busiest = [get("loads", shape.name, LOAD_GPUS, name, "grouped_gemm") for shape in SHAPES]
         left.bar(at, busiest, width, color=color, label=name)
-        layers, alike = (
+        kept, one = (
             [get("head-room", shape.name, LOAD_GPUS, name, what) for shape in SHAPES]
-            for what in ("layers", "alike")
+            for what in ("kept", "one layer")
         )
-        right.bar(at, alike, width, color=color, alpha=0.35)
-        right.bar(at, layers, width, color=color)
+        right.bar(at, one, width, color=color, alpha=0.35)
+        right.bar(at, kept, width, color=color)
     left.set(ylabel="rows of the busiest rank / forced balance", ylim=(1.0, None))
     left.set_title("busiest rank of an expert-parallel group, mean over layers")
     right.set(ylabel="rows to set aside / mean", ylim=(1.0, None))
-    right.set_title("memory head-room for a run; pale: all layers loaded alike")
+    right.set_title("head-room of kept rows for a run; pale: of a single layer")
     right.axhline(1.5, color="black", lw=1, ls="--", label="capacity C=0.5")
     for panel in (left, right):
         panel.set_xticks(place, [f"{shape.name}\nEP{shape.layout.ep}" for shape in SHAPES])

@@ -33,9 +33,10 @@ MODEL = f"""
   any rank.
 - **Step**: grouped GEMMs at the assumed efficiency, scaled by the busiest rank; the all-to-all either
   hidden or not.
-- **Memory**: rows kept for the backward pass by the first pipeline stage: as many layer-micro-batches as
-  the model has MoE layers, with or without pipelining. Chernoff's bound, so the true need is somewhat
-  less. "layers alike" takes all layers of a rank to be loaded alike, the worst case.
+- **Memory**: rows kept for the backward pass by the first pipeline stage, which holds as many
+  micro-batches as there are stages: about as many layer-micro-batches as the model has MoE layers. A
+  sequence's common part is the same in all layers, everything else is independent, as measured below.
+  Chernoff's bound, so the true need is somewhat less.
 """
 
 
@@ -182,9 +183,9 @@ def _findings(get: Rows) -> list[str]:
   there routes by rank in the pool, not by threshold. The bound 1 + C is hard for this pool only: a global
   pool bounds an expert's sum over all ranks, not what one expert-parallel group sends.
 - **Head-room without capacity**, {tables.STEPS:,} steps on {LOAD_GPUS:,} GPUs, P(out of memory) <
-  {tables.PROBABILITY:g}: {span(tiny, "layers", "head-room")} times the mean of the routed rows if layers
-  are independent, {span(tiny, "alike", "head-room")} if they are alike (tiny GPT's text);
-  {span(uneven, "layers", "head-room")} and {span(uneven, "alike", "head-room")} (uneven).
+  {tables.PROBABILITY:g}: {span(tiny, "kept", "head-room")} times the mean for the rows that are kept,
+  {span(tiny, "one layer", "head-room")} for the buffers of one layer (tiny GPT's text);
+  {span(uneven, "kept", "head-room")} and {span(uneven, "one layer", "head-room")} (uneven).
 """),
     ]
 
@@ -356,16 +357,16 @@ def _memory(get: Rows) -> list[str]:
     lines += markdown(["kept", *(shape.name for shape in SHAPES)], rows)
     lines += prose(f"""
 Head-room, times the mean, for {tables.STEPS:,} steps on {LOAD_GPUS:,} GPUs with P(out of memory) <
-{tables.PROBABILITY:g}; layers independent / layers alike. The second is also what the buffers of a single
-layer need, and all that counts when MoE layers are recomputed.
+{tables.PROBABILITY:g}: of the rows that are kept / of one layer's, which its buffers need, and which is
+all there is when MoE layers are recomputed.
 """)
     names = get.settings("head-room")
     rows = [
         [
             name,
             *(
-                f"{get('head-room', s.name, LOAD_GPUS, name, 'layers'):.2f} / "
-                f"{get('head-room', s.name, LOAD_GPUS, name, 'alike'):.2f}"
+                f"{get('head-room', s.name, LOAD_GPUS, name, 'kept'):.2f} / "
+                f"{get('head-room', s.name, LOAD_GPUS, name, 'one layer'):.2f}"
                 for s in SHAPES
             ),
         ]
@@ -383,8 +384,8 @@ def _capacity(get: Rows) -> list[str]:
     lines = ["## What capacity buys", ""]
     lines += prose("""
 `--moe-et-capacity-factor C`, pool `microbatch` of one sequence (shared by the tensor-parallel ranks).
-Head-room (the smaller of 1 + C and the head-room without, layers independent) / busiest rank / share of
-experts and micro-batches where the bound acts / rows dropped / filled in, % of all.
+Head-room (the smaller of 1 + C and that of the kept rows without) / busiest rank / share of experts and
+micro-batches where the bound acts / rows dropped / filled in, % of all.
 """)
     names = [name for name in get.settings("head-room") if name.startswith("ET")]
     for name in names:
@@ -393,12 +394,12 @@ experts and micro-batches where the bound acts / rows dropped / filled in, % of 
             cells = []
             for shape in SHAPES:
                 key = (f"C={capacity}", shape.name, LOAD_GPUS, name)
-                room = min(1.0 + capacity, get("head-room", shape.name, LOAD_GPUS, name, "layers"))
+                room = min(1.0 + capacity, get("head-room", shape.name, LOAD_GPUS, name, "kept"))
                 moved = " / ".join(f"{100 * get(*key, what):.1f}" for what in ("acts", "dropped", "filled"))
                 cells.append(f"{room:.2f} / {get(*key, 'busiest rank'):.3f} / {moved}")
             rows.append([f"{capacity}", *cells])
         free = [
-            f"{get('head-room', s.name, LOAD_GPUS, name, 'layers'):.2f} / "
+            f"{get('head-room', s.name, LOAD_GPUS, name, 'kept'):.2f} / "
             f"{get('loads', s.name, LOAD_GPUS, name, 'grouped_gemm'):.3f} / 0 / 0 / 0"
             for s in SHAPES
         ]
@@ -442,7 +443,7 @@ Megatron on CPU, the quickstart's GPT on its text (code and prose): {runs.EXPERT
 all ranks; {runs.STEPS} steps, the first {runs.WARMUP + runs.SETTLE} left out. Text fitted to every other
 step of the rest, loads of the steps between.
 """)
-    names = ("own", "common", "dispersion", "wander")
+    names = ("own", "common", "dispersion", "wander", "sway", "level")
     fitted = [
         [f"{router}, EP{ranks}", *(f"{get('text', router, ranks, '', name):.3f}" for name in names)]
         for router in ("ET", "top-k")
@@ -466,15 +467,23 @@ step of the rest, loads of the steps between.
     ]
     lines += ["ET with C=0.5, EP4, predicted from the text of the run without:", ""]
     lines += markdown(["", "measured", "predicted"], rows)
-    together = ", ".join(
-        f"{router} EP{ranks} {get('measured', router, ranks, '', 'layers together'):.2f}"
-        for router in ("ET", "top-k")
-        for ranks in (2, 4)
-    )
-    return lines + prose(f"""
-Variance of a rank's rows summed over the 3 MoE layers, over that of independent layers (3 if they went
-alike): {together}.
+    lines += prose("""
+Variance of a sum over the 3 MoE layers, over that of independent layers (3 if they went alike): of how a
+rank differs from the mean of the ranks, of how a sequence's fan-out differs from its step's mean, of the
+steps' means.
 """)
+    rows = []
+    for router in ("ET", "top-k"):
+        for ranks in (2, 4):
+            found = numbers_of(get, "measured", router, ranks)
+            cells = [found.get(f"layers together, {what}") for what in ("ranks", "sequences", "steps")]
+            rows.append([f"{router}, EP{ranks}", *("-" if cell is None else f"{cell:.2f}" for cell in cells)])
+    return lines + markdown(["layers together", "ranks", "sequences", "steps"], rows)
+
+
+def numbers_of(get: Rows, table: str, shape: str, gpus: int) -> dict[str, float]:
+    """quantity -> value."""
+    return {row.quantity: row.value for row in get.rows if row[:3] == (table, shape, gpus)}
 
 
 def _published_check(get: Rows) -> list[str]:

@@ -66,7 +66,7 @@ def mean_text(measured: Sequence[Measured], router: str) -> Text:
     """Of both runs of a router; thresholds at scale have errors of their own, so that ET's are left out."""
     texts = [numbers(measured, "text", router, ranks) for ranks in (2, 4)]
     mean = Text(**{name: float(np.mean([text[name] for text in texts])) for name in texts[0]})
-    return replace(mean, wander=0.0) if router == "ET" else mean
+    return replace(mean, wander=0.0, sway=0.0, level=1.0) if router == "ET" else mean
 
 
 def threshold_error(placement: Placement, text: Text, *, beta: float = BETA, drift: float = DRIFT) -> float:
@@ -198,22 +198,28 @@ def head_room_rows(chosen: Sequence[Setting]) -> Iterator[Row]:
     for shape in SHAPES:
         placement = place(shape, LOAD_GPUS)
         group = cost.group_of(placement)
-        stored = shape.moe_layers * group.target
+        stored = placement.stage_routers * placement.layout.pp * group.target
         for kept in memory.KEPT:
             size = stored * kept.row_bytes(shape.hidden, shape.expert_width) / 1e9
             yield Row("rows", shape.name, LOAD_GPUS, kept.name, "GB at the mean", size)
         occasions = float(LOAD_GPUS * STEPS * placement.micro_batches)
+        # The first stage of a pipeline holds as many micro-batches as there are stages.
+        layers, held = placement.stage_routers, placement.layout.pp
         for setting in chosen:
             text, popular = setting.text, (1.0, 1.0)
             if setting.rule == "top-k":
                 popular = most_popular(placement, text.wander)
                 text = Text(own=text.own)
-            for layers, factor, name in ((shape.moe_layers, popular[0], "layers"), (1, popular[1], "alike")):
-                cumulant = memory.cumulants(group, text, factor)
-                room = memory.head_room(cumulant, group.target, layers, occasions, PROBABILITY)
+            kept = held * memory.cumulants(group, text, layers, popular[0])
+            one = memory.cumulants(group, text, 1, popular[1])
+            rooms = {
+                "kept": memory.head_room(kept, held * layers * group.target, occasions, PROBABILITY),
+                "one layer": memory.head_room(one, group.target, layers * occasions, PROBABILITY),
+            }
+            for name, room in rooms.items():
                 # No expert can take more than every token.
-                room = min(room, shape.experts / shape.topk)
-                yield Row("head-room", shape.name, LOAD_GPUS, setting.name, name, room)
+                limited = min(room, shape.experts / shape.topk)
+                yield Row("head-room", shape.name, LOAD_GPUS, setting.name, name, limited)
 
 
 def most_popular(placement: Placement, wander: float) -> tuple[float, float]:

@@ -143,7 +143,7 @@ def test_independent_tokens_are_binomial() -> None:
         assert abs(share - exact) < 4 * math.sqrt(exact / receive.size) + 1e-4
     cumulant = memory.cumulants(group, Text())
     for probability in (1e-2, 1e-6, 1e-12):
-        room = memory.head_room(cumulant, group.target, 1, 1.0, probability)
+        room = memory.head_room(cumulant, group.target, 1.0, probability)
         exact = binomial_tail(256 * 16, 1 / 16, math.ceil(room * group.target))
         assert probability / 100 < exact <= probability
 
@@ -152,13 +152,18 @@ def test_head_room_grows_with_the_run_and_shrinks_with_layers() -> None:
     group, text = Group(128, 8, 32, 4096, sharers=2), Text(own=0.1, common=0.02)
     cumulant = memory.cumulants(group, text)
 
-    def room(layers: int, occasions: float) -> float:
-        return memory.head_room(cumulant, group.target, layers, occasions, 1e-3)
+    def room(layers: int, occasions: float, text: Text = text) -> float:
+        several = memory.cumulants(group, text, layers)
+        return memory.head_room(several, layers * group.target, occasions, 1e-3)
 
     assert 1.0 < room(94, 1e6) < room(94, 1e12) < room(1, 1e12)
     assert room(1, 1e12) < 1 / group.rate
+    # What is common stays common over the layers; what experts have of their own averages out.
+    only_own, only_common = Text(own=0.1), Text(common=0.02)
+    assert room(94, 1e12, only_own) - 1.0 < 0.2 * (room(1, 1e12, only_own) - 1.0)
+    assert room(94, 1e12, only_common) - 1.0 > 0.8 * (room(1, 1e12, only_common) - 1.0)
     # What sequences have in common needs more, and no simulated load of 20,000 lies above the bound.
-    assert memory.head_room(memory.cumulants(group, Text()), group.target, 1, 1e12, 1e-3) < room(1, 1e12)
+    assert room(1, 1e12, Text()) < room(1, 1e12)
     drawn = draw(np.random.default_rng(1), "ET", group, text, 625)
     assert drawn.receive_DR.size == 20_000
     assert drawn.receive_DR.max() < room(1, 20_000)
@@ -248,12 +253,30 @@ def test_unequal_experts_and_odd_fan_outs_are_found() -> None:
     loads = Loads(taken.sum(axis=3), np.square(taken.sum(axis=4)).sum(axis=3), None)
     found = fit(loads, "ET", group)
     assert found.wander == pytest.approx(0.2, rel=0.15)
+    assert found.sway < 0.05
+    assert found.level == pytest.approx(rates.sum() / 2, rel=0.02)
     assert found.own < 0.005
     # Var of the fan-out: 2 x mean within the awake ones, and the two halves' distance of a mean each.
     mean = rates.sum()
     independent = (rates * (1 - rates)).sum()
     expected = 0.5 * (2 * rates * (1 - 2 * rates)).sum() + mean**2
     assert found.dispersion == pytest.approx(expected / independent - 1, rel=0.1)
+
+
+def test_thresholds_that_move_together_are_found() -> None:
+    group = Group(16, 2, ranks=4, sequence=256)
+    rng = np.random.default_rng(8)
+    steps = 0.8 * rng.choice([0.7, 1.3], size=(400, 1, 1, 1, 1))
+    taken = rng.random((400, 1, 4, 256, 16)) < group.rate * steps
+    loads = Loads(taken.sum(axis=3), np.square(taken.sum(axis=4)).sum(axis=3), None)
+    found = fit(loads, "ET", group)
+    assert found.sway == pytest.approx(0.3, rel=0.1)
+    assert found.level == pytest.approx(0.8, rel=0.05)
+    assert found.wander < 0.05
+    # Nothing is the ranks' own, so that all rows together vary as the steps do.
+    drawn = draw(np.random.default_rng(9), "ET", group, found, 4000)
+    assert drawn.receive_DR.mean(axis=1).std() == pytest.approx(0.8 * 0.3, rel=0.1)
+    assert check.layers_together(loads, 4)["steps"] == pytest.approx(1.0)
 
 
 def test_joint_share_at_its_ends() -> None:

@@ -42,7 +42,12 @@ Settings = Mapping[str, str | int]
 
 
 class ExampleError(Exception):
-    """An example refused to start; what it said."""
+    """An example refused to start; says why."""
+
+    def __init__(self, sentence: str, printed: str) -> None:
+        super().__init__(sentence)
+        self.printed = printed
+        """What it had said before."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def expand(model: str, settings: Settings = {}, extra: Sequence[str] = ()) -> Ex
         check=False,
     )
     if ran.returncode != 0:
-        raise ExampleError(ran.stderr.strip())
+        raise ExampleError(ran.stderr.strip(), ran.stdout)
     return parse(ran.stdout)
 
 
@@ -120,7 +125,7 @@ class Case:
 
 
 def cases(models: Iterable[str]) -> list[Case]:
-    """Every router in every precision on the fewest nodes; the larger layouts, Muon and offered extras with ET."""
+    """Every router in every precision on the fewest nodes; larger layouts, Muon and extras with ET alone."""
     found = []
     for model in models:
         fewest, *more = NODES[model]

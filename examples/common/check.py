@@ -3,8 +3,8 @@
     WORLD_SIZE=64 python examples/common/check.py <flags of the training command>
 
 Exit status 1 when something is refused. `MEGATRON=/path/to/Megatron-LM` judges by that checkout. Unlike
-`megatron-et check` it does not ask what is installed here: where Transformer Engine is missing, Megatron is told
-that it is there, so that a command for a GPU container can be judged on a laptop or in CI.
+`megatron-et check` it does not ask what is installed here: where Transformer Engine is missing, Megatron is
+told that it is there, so that a command for a GPU container can be judged on a laptop or in CI.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Run as a script: the repository is the place of megatron_et, and a checkout goes before an installed Megatron.
+# Run as a script: the repository is the place of megatron_et; a checkout goes before an installed Megatron.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if os.environ.get("MEGATRON"):
     sys.path.insert(0, os.environ["MEGATRON"])

@@ -1,7 +1,7 @@
 """Which Megatron this Python would train with: its version, the file of its flags, and whether Muon can run.
 
-Prints three tab-separated fields for start.sh. Standard library only, and imports nothing of Megatron: it takes
-50 ms. The second field is `-` where there is no megatron.training (the wheel of 0.16).
+Prints three tab-separated fields for cluster.sh. Standard library only, and imports nothing of Megatron: it
+takes 50 ms. The second field is `-` where there is no megatron.training (the wheel of 0.16).
 """
 
 import importlib.util

@@ -173,8 +173,8 @@ def total_parameters(args: argparse.Namespace) -> int:
 
 
 def active_parameters(args: argparse.Namespace) -> int:
-    """Those that one token meets on average: topk routed experts, the shared one, and both embeddings; without
-    multi-token-prediction heads, which a trained model is served without."""
+    """Those that one token meets on average: topk routed experts, the shared one, and both embeddings, but no
+    multi-token-prediction head, which a trained model is served without."""
     return _sum(args, experts=args.moe_router_topk, heads=0)
 
 
@@ -239,10 +239,10 @@ def layout(args: argparse.Namespace, world: int) -> Layout:
         raise LayoutError(f"TP {tp} with experts: Megatron trains it with --sequence-parallel only")
     shards = cp * (tp if args.sequence_parallel else 1)
     _divides(2 * cp if cp > 1 else 1, args.seq_length, f"2 x CP {cp}", "the sequence length")
-    _divides(shards, args.seq_length, f"the {shards} parts of a sequence", "the sequence length")
+    _divides(shards, args.seq_length, "TP x CP", "the sequence length")
     if args.moe_router_load_balancing_type == "quantile_balancing":
         pairs = micro * args.seq_length * args.moe_router_topk
-        _divides(experts, pairs, f"quantile balancing: {experts} experts", "tokens x topk of a micro-batch")
+        _divides(experts, pairs, f"quantile balancing: E {experts}", "tokens x topk of a micro-batch")
     state, offloaded = _bytes(args, dp * cp, edp)
     return Layout(
         world,
@@ -258,7 +258,8 @@ def layout(args: argparse.Namespace, world: int) -> Layout:
 
 def _divides(divisor: int, number: int, divisor_is: str, number_is: str) -> None:
     if divisor < 1 or number % divisor or number < divisor:
-        raise LayoutError(f"{divisor_is} = {divisor} does not divide {number_is}, {number}")
+        product = f" = {divisor}" if " x " in divisor_is else ""
+        raise LayoutError(f"{divisor_is}{product} does not divide {number_is}, {number}")
 
 
 def _stages(args: argparse.Namespace) -> list[list[int]]:
@@ -276,8 +277,8 @@ def _stages(args: argparse.Namespace) -> list[list[int]]:
 
 
 def _bytes(args: argparse.Namespace, replicas: int, expert_replicas: int) -> tuple[int, int]:
-    """Bytes on the GPU, and offloaded, of the rank with most: bf16 weights, fp32 gradients, and the optimizer's
-    fp32 copies (Adam 3, Muon 2), which the distributed optimizer spreads over the replicas."""
+    """Bytes on the GPU, and offloaded, of the fullest rank: bf16 weights, fp32 gradients, and the optimizer's
+    copies in fp32 (Adam 3, Muon 2), which the distributed optimizer spreads over the replicas."""
     tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
     etp, pp = args.expert_tensor_parallel_size or tp, args.pipeline_model_parallel_size
     part, layers = parameters(args), moe_layers(args)
@@ -355,8 +356,8 @@ def main() -> None:
         found = layout(args, world)
         if memory and found.state > memory * GIB:
             raise LayoutError(
-                f"weights, gradients and optimizer state take {found.state / GIB:.0f} GiB on a GPU of {memory} "
-                "GiB: more GPUs, other parallel sizes, or OFFLOAD=1 for the optimizer's state"
+                f"weights, gradients and optimizer state take {found.state / GIB:.0f} GiB on a GPU of "
+                f"{memory} GiB: more GPUs, other parallel sizes, or OFFLOAD=1 for the optimizer's state"
             )
     except LayoutError as error:
         print(error, file=sys.stderr)

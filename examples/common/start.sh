@@ -23,13 +23,13 @@ on_cpu() { [[ ${MEGATRON_ET_CPU:-} =~ ^(1|[Tt][Rr][Uu][Ee]|[Yy][Ee][Ss])$ ]]; } 
 
 number() { [[ ${!1} =~ ^[0-9]+$ ]] || die "$1 is '${!1}': it must be a whole number"; }
 
-# shellcheck source=cluster.sh
+# shellcheck source=common/cluster.sh
 source "$EXAMPLES/common/cluster.sh"
-# shellcheck source=toy.sh
+# shellcheck source=common/toy.sh
 source "$EXAMPLES/common/toy.sh"
-# shellcheck source=router.sh
+# shellcheck source=common/router.sh
 source "$EXAMPLES/common/router.sh"
-# shellcheck source=arguments.sh
+# shellcheck source=common/arguments.sh
 source "$EXAMPLES/common/arguments.sh"
-# shellcheck source=launch.sh
+# shellcheck source=common/launch.sh
 source "$EXAMPLES/common/launch.sh"

@@ -147,8 +147,8 @@ def _check(
         found.append(Finding(PLAIN, "", "Megatron's own checks were left out: mend the above first"))
         return _settings(args), None
     if not et.active:
-        text = "--moe-router-type topk: this package leaves Megatron untouched, nothing to check"
-        found.append(Finding(OK, "", text))
+        found.append(Finding(OK, "", "--moe-router-type topk: this package leaves Megatron untouched"))
+        _megatrons_own(args, found)
         return et, None
     found.append(Finding(OK, "", f"none refused by this package ({_rule(args, et)})"))
     changed = [f"{name}={getattr(args, name)}" for name in before if getattr(args, name) != before[name]]

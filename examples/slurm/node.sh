@@ -1,44 +1,53 @@
 #!/bin/bash
-# What train.sbatch and interactive.sh run once on each node, inside the container where there is one.
+# What train.sbatch runs once on each node, inside the container where there is one.
 #
-# Signals, and why: docs/slurm.md#signals. SIGINT makes the ranks save and end. SIGTERM, with which SLURM announces
-# that it will take the node, makes this script send SIGINT to the ranks. SLURM sends either to every process.
+# Signals, and why: docs/slurm.md. SLURM sends them to every process of the node. This script turns SIGTERM, by which
+# SLURM announces that it will take the node, and SIGUSR1 from train.sbatch into SIGINT for the ranks, which save and end.
 
 set -euo pipefail
 
 export NODE_RANK=${SLURM_NODEID:-0}
 export PYTHONUNBUFFERED=1
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# torchrun shall wait for its ranks and do nothing else: by itself it would pass these signals on to the ranks and
-# to Megatron's checkpoint helper, kill them after 30 s and report a failure. (PET_X is torchrun's --x.)
+# torchrun shall wait for its ranks and do nothing else. By itself it passes SIGTERM and SIGINT on to the ranks and to
+# Megatron's checkpoint helper, kills them after 30 s, and reports a failure. PET_X is torchrun's option --x.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGHUP,SIGQUIT}
-# No restarts inside the job: a lost node can't be replaced there, and helpers of killed ranks would add up.
+# No restarts inside the job: docs/slurm.md says why.
 export PET_MAX_RESTARTS=0
 
-# SIGINT to all processes below one.
+# SIGINT, once, to each process below one that has a handler for it: the ranks, from Megatron's start-up on. A second
+# one may meet Python's shutdown, when handlers are gone, and turn an orderly end into a failure.
+declare -A told
 interrupt_below() {
-    local child children
-    children=$(cat "/proc/$1/task"/*/children 2>/dev/null) || true
-    for child in $children; do
-        interrupt_below "$child"
-        kill -INT "$child" 2>/dev/null || true
-    done
+  local child children caught
+  children=$(cat "/proc/$1/task"/*/children 2>/dev/null) || true
+  for child in $children; do
+    interrupt_below "$child"
+    caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$child/status" 2>/dev/null) || true
+    if [[ -z ${told[$child]:-} ]] && ((16#${caught:-0} & 1 << 1)); then
+      kill -INT "$child" 2>/dev/null || true
+      told[$child]=yes
+    fi
+  done
 }
 
-stopping=""
-trap 'stopping=yes' TERM
-trap : INT
+tell_ranks() { # again and again, since a rank may still be starting
+  trap '' INT TERM USR1
+  while kill -0 "$pid" 2>/dev/null; do
+    interrupt_below "$pid"
+    sleep 2
+  done
+}
+
 (
-    trap '' INT TERM  # ignored signals stay ignored in all processes below, unless one installs a handler
-    exec bash "examples/$MODEL.sh" --exit-signal-handler --exit-signal SIGINT "$@"
+  # What is ignored here stays ignored in all processes below, unless one installs a handler of its own.
+  trap '' INT TERM USR1
+  exec bash "examples/$MODEL.sh" --exit-signal-handler --exit-signal SIGINT "$@"
 ) &
 pid=$!
+telling=""
+trap '[[ -n $telling ]] || tell_ranks & telling=yes' TERM USR1
+trap : INT
 while kill -0 "$pid" 2>/dev/null; do
-    if [[ -z $stopping ]]; then
-        wait "$pid" || true  # a trapped signal ends the wait, not the process
-    else
-        interrupt_below "$pid"
-        sleep 2  # again and again: a rank has no ears before Megatron's start-up
-    fi
+  wait "$pid" || true # a trapped signal ends the wait, not the process
 done
 wait "$pid"

@@ -2,10 +2,11 @@
 
     python -m tests.slurm.cluster [COMMAND ...]
 
-starts it, runs the command (a shell when left out) with SLURM's commands pointed at it, and takes it down again
-with everything that still runs in it. Needs Debian's or Ubuntu's slurm-wlm (built with --enable-multiple-slurmd)
-and munge. Nothing of the machine's configuration is read or written, and all traffic is on the loopback interface;
-it runs as the user that calls it, root or not. Its GPUs are files: a job script that asks for GPUs is accepted.
+starts it, runs the command (a shell when left out) with SLURM's commands pointed at it, and takes it down
+with everything that still runs in it. It needs slurm-wlm of Debian or Ubuntu (built with
+--enable-multiple-slurmd) and munge. Nothing of the machine's configuration is read or written, all traffic is
+on the loopback interface, and it runs as the user who calls it. Its GPUs are empty files: job scripts that
+ask for GPUs are accepted.
 """
 
 import contextlib
@@ -56,6 +57,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
+SlurmdTimeout=10
+ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {preempt_parameters}
@@ -63,7 +66,9 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 KillWait={kill_wait}
 GresTypes=gpu
 """
-NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=96 RealMemory=1000 Gres=gpu:8\n"
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=96 RealMemory=1000 Gres=gpu:8\n"
+)
 PARTITIONS = """
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace} State=UP
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
@@ -115,21 +120,39 @@ class Cluster:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        for daemon in self._daemons:
-            daemon.wait()
+        while processes := self.processes():
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            for daemon in self._daemons:
+                daemon.poll()  # a zombie of ours would be found again
         shutil.rmtree(self.folder)
 
-    def processes(self) -> list[psutil.Process]:
-        """The daemons and all that they started: whatever has this cluster's SLURM_CONF in its environment."""
+    def processes(self, node: str | None = None) -> list[psutil.Process]:
+        """The daemons and all that they started, or what belongs to one node."""
         mine = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]:
+                env = process.environ()
+                if env.get("SLURM_CONF") != self.env["SLURM_CONF"]:
+                    continue
+                if node is None or env.get("SLURMD_NODENAME") == node or process.cmdline()[-1] == node:
                     mine.append(process)
+                    parent = process.parent()  # slurmstepd clears its own environment
+                    if parent is not None and parent.name().startswith("slurmstepd"):
+                        mine.append(parent)
         return mine
+
+    def power_off(self, node: str) -> None:
+        """A node and all that runs on it vanish at once."""
+        for process in self.processes(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def power_on(self, node: str) -> None:
+        """The node is back, with nothing running on it."""
+        self._daemon("slurmd", "-D", "-N", node)
+        _wait(lambda: "idle" in self.node_states(), START, f"{node} to be back")
 
     def _configure(self) -> None:
         host = socket.gethostname()
@@ -156,7 +179,8 @@ class Cluster:
 
     def _start(self) -> None:
         at = {
-            f"--{name}": f"{self.folder}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")
+            f"--{name}": f"{self.folder}/munge.{name}"
+            for name in ("socket", "pid-file", "log-file", "seed-file")
         }
         at["--key-file"] = f"{self.folder}/munge.key"
         # --force: the folder is ours alone, which munged thinks too narrow for a socket.
@@ -219,7 +243,10 @@ def _wait(until: Callable[[], bool], seconds: float, what: str) -> None:
 def main(command: Sequence[str]) -> int:
     """Run a command, or a shell, on a cluster of its own."""
     with Cluster() as cluster:
-        print(f"SLURM with {', '.join(NODES)}; partitions low (default) and high. Logs: {cluster.folder}", flush=True)
+        print(
+            f"SLURM with {', '.join(NODES)}; partitions low (default) and high. Logs: {cluster.folder}",
+            flush=True,
+        )
         return subprocess.run(command or [os.environ.get("SHELL", "/bin/sh")], env=cluster.env).returncode
 
 

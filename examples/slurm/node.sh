@@ -14,27 +14,28 @@ export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGHUP,SIGQUIT}
 # No restarts inside the job: docs/slurm.md says why.
 export PET_MAX_RESTARTS=0
 
-# SIGINT, once, to each process below one that has a handler for it: the ranks, from Megatron's start-up on. A second
-# one may meet Python's shutdown, when handlers are gone, and turn an orderly end into a failure.
+# SIGINT, once, to those of a process and all below it that have a handler for it: the ranks, from Megatron's start-up
+# on. A second one may meet Python's shutdown, when handlers are gone, and turn an orderly end into a failure.
 declare -A told
-interrupt_below() {
+interrupt() {
   local child children caught
   children=$(cat "/proc/$1/task"/*/children 2>/dev/null) || true
   for child in $children; do
-    interrupt_below "$child"
-    caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$child/status" 2>/dev/null) || true
-    if [[ -z ${told[$child]:-} ]] && ((16#${caught:-0} & 1 << 1)); then
-      kill -INT "$child" 2>/dev/null || true
-      told[$child]=yes
-    fi
+    interrupt "$child"
   done
+  caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null) || true
+  if [[ -z ${told[$1]:-} ]] && ((16#${caught:-0} & 1 << 1)); then
+    kill -INT "$1" 2>/dev/null || true
+    told[$1]=yes
+  fi
 }
 
 tell_ranks() { # again and again, since a rank may still be starting
   trap '' INT TERM USR1
+  : >"$STOP_FILE"
   while kill -0 "$pid" 2>/dev/null; do
-    interrupt_below "$pid"
-    sleep 2
+    interrupt "$pid"
+    sleep 1
   done
 }
 

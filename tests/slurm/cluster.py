@@ -14,6 +14,7 @@ import getpass
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -61,8 +62,8 @@ SlurmdTimeout=10
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-{preempt_parameters}
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+{user_signal}
 KillWait={kill_wait}
 GresTypes=gpu
 """
@@ -93,8 +94,8 @@ class Cluster:
         Args:
             grace: GraceTime, seconds between the notice of a preemption and the end.
             kill_wait: KillWait, seconds between SIGTERM and SIGKILL for a job that is ended.
-            user_signal: PreemptParameters=send_user_signal, the notice is the job's own --signal instead of
-                SIGTERM to all its steps.
+            user_signal: preempt_send_user_signal, the notice is the job's own --signal instead of SIGTERM to
+                all processes of its steps.
         """
         self._grace, self._kill_wait, self._user_signal = grace, kill_wait, user_signal
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -109,7 +110,9 @@ class Cluster:
         try:
             self._configure()
             self._start()
-        except BaseException:
+        except BaseException as error:
+            for log in self.folder.glob("*.out"):
+                error.add_note(f"{log.name}: {log.read_text()[-2000:]}")
             self.__exit__(None, None, None)
             raise
         return self
@@ -148,11 +151,13 @@ class Cluster:
         for process in self.processes(node):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+                process.wait()
+        self._daemons = [daemon for daemon in self._daemons if daemon.poll() is None]
 
     def power_on(self, node: str) -> None:
         """The node is back, with nothing running on it."""
         self._daemon("slurmd", "-D", "-N", node)
-        _wait(lambda: "idle" in self.node_states(), START, f"{node} to be back")
+        self._wait(lambda: "idle" in self.node_states(), f"{node} to be back")
 
     def _configure(self) -> None:
         host = socket.gethostname()
@@ -163,7 +168,7 @@ class Cluster:
             port=free_port(),
             requeue_delay=5,
             kill_wait=self._kill_wait,
-            preempt_parameters="PreemptParameters=send_user_signal" if self._user_signal else "",
+            user_signal="SlurmctldParameters=preempt_send_user_signal" if self._user_signal else "",
         )
         conf += "".join(NODE.format(name=name, host=host, port=free_port()) for name in NODES)
         (self.folder / "slurm.conf").write_text(conf + PARTITIONS.format(grace=self._grace))
@@ -185,11 +190,11 @@ class Cluster:
         at["--key-file"] = f"{self.folder}/munge.key"
         # --force: the folder is ours alone, which munged thinks too narrow for a socket.
         self._daemon("munged", "--foreground", "--force", *(f"{k}={v}" for k, v in at.items()))
-        _wait(lambda: (self.folder / "munge.socket").exists(), START, "munged's socket")
+        self._wait((self.folder / "munge.socket").exists, "munged's socket")
         self._daemon("slurmctld", "-D")
         for name in NODES:
             self._daemon("slurmd", "-D", "-N", name)
-        _wait(lambda: self.node_states() == ["idle"] * len(NODES), START, "both nodes to be idle")
+        self._wait(lambda: self.node_states() == ["idle"] * len(NODES), "both nodes to be idle")
 
     def _daemon(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}-{len(self._daemons)}.out").open("wb")
@@ -200,16 +205,24 @@ class Cluster:
                 )
             )
 
-    def run(self, *command: str, env: dict[str, str] | None = None, timeout: int = 60) -> str:
-        """Run one of SLURM's commands from the repository's root; its output."""
+    def _wait(self, until: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + START
+        while not until():
+            ended = [str(daemon.args) for daemon in self._daemons if daemon.poll() is not None]
+            if ended or time.monotonic() > end:
+                raise RuntimeError(f"waited {START} s for {what}; ended: {', '.join(ended) or 'no daemon'}")
+            time.sleep(0.2)
+
+    def run(self, *command: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
+        """Run one of SLURM's commands; its output. RuntimeError when it fails."""
         done = subprocess.run(
             command,
             env={**self.env, **(env or {})},
-            cwd=ROOT,
+            cwd=cwd,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=timeout,
+            timeout=60,
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}: {done.stdout}")
@@ -222,9 +235,9 @@ class Cluster:
         except RuntimeError:  # slurmctld does not listen yet
             return []
 
-    def submit(self, *arguments: str, env: dict[str, str] | None = None) -> str:
-        """`sbatch`; the job's id."""
-        return self.run("sbatch", "--parsable", *arguments, env=env).strip()
+    def submit(self, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> str:
+        """`sbatch` from a folder, the repository's root when left out; the job's id."""
+        return self.run("sbatch", "--parsable", *arguments, env=env, cwd=cwd).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """What `scontrol show job` says."""
@@ -232,16 +245,9 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def _wait(until: Callable[[], bool], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not until():
-        if time.monotonic() > end:
-            raise RuntimeError(f"waited {seconds} s for {what}")
-        time.sleep(0.2)
-
-
 def main(command: Sequence[str]) -> int:
     """Run a command, or a shell, on a cluster of its own."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the cluster ends, too
     with Cluster() as cluster:
         print(
             f"SLURM with {', '.join(NODES)}; partitions low (default) and high. Logs: {cluster.folder}",

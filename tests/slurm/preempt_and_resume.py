@@ -7,13 +7,17 @@ The exit status is 1 when a trace record, a printed number, or anything in the l
 """
 
 import argparse
+import os
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -32,7 +36,7 @@ from tests.slurm.cluster import Cluster, missing_programs
 
 MODEL = "d12"
 SAVE_INTERVAL = 10
-LIFE = 200  # seconds that a life may take on a busy machine, its start-up and the wait for nodes included
+LIFE = 400  # seconds that a life may take on a busy machine, its start-up and the wait for nodes included
 FLAGS = f"--log-interval 1 --save-interval {SAVE_INTERVAL} --eval-interval 40 --eval-iters 1"
 
 
@@ -99,13 +103,15 @@ class Job:
     def wait(self, until: Callable[[], bool], what: str, seconds: float = LIFE) -> None:
         """Poll. RuntimeError, with the logs' ends, when it takes too long or the job has ended otherwise."""
         end = time.monotonic() + seconds
-        while not until():
-            state = self.state
+        while True:
+            state = self.state  # before the question: a job that has just ended may be the answer
+            if until():
+                return
             if time.monotonic() > end or state in ("FAILED", "CANCELLED", "TIMEOUT", "COMPLETED"):
                 logs = sorted(self.run.rglob("*.log"), key=lambda log: log.stat().st_mtime)
                 tails = "\n".join(f"== {log.name}\n{log.read_text()[-3000:]}" for log in logs[-3:])
                 raise RuntimeError(f"job {self.number} is {state}, waiting for: {what}\n{tails}")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def wait_for_steps(self, number: int, restart: int) -> None:
         """Until a life has trained so many steps."""
@@ -113,7 +119,7 @@ class Job:
 
     def finish(self) -> None:
         """Until the job has ended in order."""
-        self.wait(lambda: self.state in ("COMPLETED", "COMPLETING"), "the end")
+        self.wait(lambda: self.state == "COMPLETED", "the end")
 
 
 def preempt(job: Job) -> None:
@@ -163,39 +169,40 @@ EVENTS: dict[str, Callable[[Job], None]] = {
     "power": power_off,
     "crash": crash,
 }
+SAME = "nothing differs: trace, losses, gradient norms, evaluations, everything in the last checkpoint"
 IN_ORDER = ("preempt", "limit")  # the others leave no time to save
 
 
 @dataclass(frozen=True)
 class Life:
-    """What one life of the interrupted run did, and what it has in common with the run that was not."""
+    """What one life of the interrupted run did."""
 
     event: str
     steps: list[int]
     saved: list[int]
-    seconds: float
-    differences: list[str]
 
     def __str__(self) -> str:
         trained = f"steps {self.steps[0]:>3} to {self.steps[-1]:>3}" if self.steps else "no step"
-        saved = f"saved {', '.join(map(str, self.saved))}" if self.saved else "saved nothing"
-        return f"{self.event:8} {trained}, {saved}; {self.seconds:.0f} s"
+        saved = f"newest checkpoint of step {self.saved[-1]}" if self.saved else "saved nothing"
+        return f"{trained}, {saved}, ended by: {self.event}"
 
 
 def interrupt(job: Job, events: Sequence[str]) -> list[Life]:
     """Train to the end, with an event in each life but the last."""
-    lives = []
-    for restart, event in enumerate([*events, "finish"]):
-        began = time.monotonic()
-        if event == "finish":
-            job.finish()
-        else:
-            job.wait_for_steps(SAVE_INTERVAL + 3, restart)
-            EVENTS[event](job)
-            job.wait(lambda: job.restarts > restart, "SLURM to queue the job again")  # noqa: B023
-        lives.append(Life(event, job.trained(restart), job.saved(restart), time.monotonic() - began, []))
-        print(f"  life {restart + 1}: {lives[-1]}", flush=True)
-    return lives
+    ended_by: dict[int, str] = {}
+    for event in events:
+        life = job.restarts
+        job.wait_for_steps(SAVE_INTERVAL + 3, life)
+        EVENTS[event](job)
+        job.wait(lambda: job.restarts > life, "SLURM to queue the job again")  # noqa: B023
+        ended_by[life] = event
+    job.finish()
+    ended_by[job.restarts] = "the end"
+    # SLURM may have ended it once more by itself: signals to a node that is off wait until it is back.
+    return [
+        Life(ended_by.get(life, "SLURM"), job.trained(life), job.saved(life))
+        for life in range(job.restarts + 1)
+    ]
 
 
 def compare(straight: Job, victim: Job, lives: Sequence[Life]) -> list[str]:
@@ -226,9 +233,16 @@ def prove(cluster: Cluster, folder: Path, events: Sequence[str], steps: int) -> 
     straight.finish()
     print(f"straight: {steps} steps", flush=True)
     victim = Job(cluster, folder / "victim", steps).submit()
-    print("interrupted:", flush=True)
     lives = interrupt(victim, events)
+    print("interrupted:", *lives, sep="\n  ", flush=True)
     return compare(straight, victim, lives)
+
+
+def environment(cluster: Cluster) -> str:
+    """What ran where."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    slurm = cluster.run("sbatch", "--version").strip()
+    return f"{slurm}, {packages}, gloo, {MODEL} in its toy size, {os.cpu_count()} CPU cores"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,22 +251,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", default=",".join(EVENTS), help="in this order (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=500, help="time for all events (default: %(default)s)")
-    parser.add_argument("--user-signal", action="store_true", help="PreemptParameters=send_user_signal")
+    parser.add_argument("--steps", type=int, default=400, help="time for all events (default: %(default)s)")
+    parser.add_argument("--user-signal", action="store_true", help="preempt_send_user_signal")
     parser.add_argument("--folder", type=Path, help="for the runs; new, kept (default: temporary)")
     options = parser.parse_args(arguments)
     if missing := missing_programs():
         parser.error(f"{', '.join(missing)}: not found; install slurm-wlm and munge")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the cluster ends, too
     with tempfile.TemporaryDirectory() as temporary, Cluster(user_signal=options.user_signal) as cluster:
+        print(environment(cluster), flush=True)
         folder = (options.folder or Path(temporary)).resolve()
-        differences = prove(cluster, folder, options.events.split(","), options.steps)
+        try:
+            differences = prove(cluster, folder, options.events.split(","), options.steps)
+        finally:
+            for log in cluster.folder.glob("*.log"):
+                shutil.copy(log, folder)
         print("log of the job script:")
         for line in (folder / "victim" / "batch.log").read_text().splitlines():
             print("  " + line.replace(str(folder), "RUNS"))
-    print(
-        *differences or ["nothing differs: trace, losses, gradient norms, evaluations, last checkpoint"],
-        sep="\n",
-    )
+    print(*differences or [SAME], sep="\n")
     return int(bool(differences))
 
 

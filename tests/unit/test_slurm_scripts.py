@@ -49,6 +49,7 @@ class Site:
             "SLURM_CPUS_PER_TASK": "96",
             "STEP": "exit 0",
             "SHOWN": RUNNING,
+            "STOP_FILE": str(folder / "stopped"),
         }
 
     def start(self, script: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
@@ -107,6 +108,14 @@ SAVES = f"echo 30 > run/checkpoints/{TRACKER}; "
             "stopped, the job is preempted: exit status 0, the newest checkpoint is of step 20",
         ),
         ("exit 1", PREEMPTED, 0, True, "stopped, the job is preempted: exit status 1"),
+        (
+            ': > "$STOP_FILE"; exit 0',
+            RUNNING,
+            0,
+            True,
+            "stopped, SLURM sent SIGTERM to a node: exit status 0",
+        ),
+        (': > "$STOP_FILE"; exit 9', RUNNING, 9, False, "exit status 9 and saved nothing after step 20"),
         ("exit 9", RUNNING, 9, False, "exit status 9 and saved nothing after step 20: not tried again"),
         (SAVES + "exit 9", RUNNING, 0, True, "exit status 9, but saved step 30 after step 20: trying again"),
         ("exit 1", "JobState=CANCELLED PreemptTime=None", 1, False, "SLURM has ended the job (CANCELLED)"),
@@ -116,6 +125,8 @@ SAVES = f"echo 30 > run/checkpoints/{TRACKER}; "
         "finished",
         "preempted",
         "preempted-unsaved",
+        "told",
+        "failed-and-told",
         "failed",
         "failed-after-progress",
         "cancelled",
@@ -285,7 +296,7 @@ time.sleep(float(os.environ["DEAF"]))
 signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
 print("ready", flush=True)
 while not heard: time.sleep(0.01)
-time.sleep(3)  # a save
+time.sleep(1.5)  # a save
 assert helper.poll() is None, "the helper died"
 helper.kill()
 tell()
@@ -293,7 +304,7 @@ sys.exit(int(os.environ.get("ENDS_WITH", "0")))
 """
 
 
-@pytest.mark.parametrize(("name", "deaf"), [("TERM", "0"), ("USR1", "3")])
+@pytest.mark.parametrize(("name", "deaf"), [("TERM", "0"), ("USR1", "1.5")])
 def test_a_node_turns_a_signal_to_all_its_processes_into_one_for_the_ranks(
     site: Site, name: str, deaf: str
 ) -> None:
@@ -313,6 +324,7 @@ def test_a_node_turns_a_signal_to_all_its_processes_into_one_for_the_ranks(
     flags = ["--exit-signal-handler", "--exit-signal", "SIGINT", "--lr", "1"]
     assert f"heard 1 SIGHUP,SIGQUIT {flags}" in output
     assert process.returncode == 3
+    assert (site.folder / "stopped").exists()
 
 
 def _below(pid: int) -> list[int]:

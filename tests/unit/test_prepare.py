@@ -20,8 +20,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
 from megatron_et.cli import main
-from megatron_et.data import reading
-from megatron_et.data.dataset import write_dataset
+from megatron_et.data import pieces
+from megatron_et.data.dataset import BadRecords, write_dataset
 from megatron_et.data.reading import PrepareError, find_inputs
 from megatron_et.data.tokenizer import _SENTENCE_CHARS, _sample_sentences, train_tokenizer
 from tests.megatron_here import absent
@@ -195,7 +195,7 @@ def test_windows_split_jsonl_without_losing_lines(
     texts = [f"line {i} " + "x" * (i % 5 * 20) for i in range(20)]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     source.write_bytes(source.read_bytes().removesuffix(b"\n"))  # the last line need not end
-    monkeypatch.setattr(reading, "_WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", window_bytes)
     write_dataset([source], tmp_path / "data", model)
     assert read_documents(tmp_path / "data", model) == texts
 
@@ -205,7 +205,7 @@ def test_same_bytes_for_any_number_of_workers(
 ) -> None:
     text = tmp_path / "some.txt"
     text.write_text(CODE, encoding="utf-8")
-    monkeypatch.setattr(reading, "_WINDOW_BYTES", 10_000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
     one = write_dataset([corpus, text], out / "one", model, workers=1)
     two = write_dataset([corpus, text], out / "two", model, workers=2)
     assert (out / "one.bin").read_bytes() == (out / "two.bin").read_bytes()
@@ -272,7 +272,7 @@ def test_bad_records_are_counted_and_skipped(
     arguments = ["prepare", "--input", str(source), "--output", str(tmp_path / "data")]
     assert main([*arguments, "--tokenizer-model", str(model)]) == 0
     captured = capsys.readouterr()
-    assert captured.err == f"skipped bad records: 2 {reason}; the first is {source}:2\n"
+    assert captured.err == f"left out 2 bad records of 4:\n  2 {reason}, first at {source}:2\n"
     assert captured.out.startswith(f"{tmp_path / 'data'}: 2 documents, ")
     assert read_documents(tmp_path / "data", model) == ["first", "last"]
 
@@ -280,7 +280,7 @@ def test_bad_records_are_counted_and_skipped(
 def test_strict_names_file_and_line(
     model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_WINDOW_BYTES", 20)  # the line number counts the lines of earlier windows
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20)  # the line number counts the lines of earlier windows
     good = write_jsonl(tmp_path / "good.jsonl", ["a", "b"])
     bad = write_jsonl(tmp_path / "bad.jsonl", ["a", "b", "c", " "])
     with pytest.raises(PrepareError, match=re.escape(f"bad record at {bad}:4: empty")):
@@ -303,8 +303,7 @@ def test_characters_that_a_tokenizer_drops_are_an_empty_record(tmp_path: Path) -
     )
     source = write_jsonl(tmp_path / "in.jsonl", ["some words", "\x01\x02"])
     summary = write_dataset([source], tmp_path / "data", tmp_path / "nfkc.model")
-    assert (summary.documents, summary.bad_records) == (1, {"empty": 1})
-    assert summary.first_bad_record == f"{source}:2"
+    assert (summary.documents, summary.bad_records) == (1, {"empty": BadRecords(1, f"{source}:2")})
 
 
 # The command
@@ -367,7 +366,7 @@ ERRORS = {
     "vocabulary too small": ("--input {text} --train-tokenizer --vocab-size 265", r"265 pieces is too small"),
     "vocabulary below bytes": ("--input {text} --train-tokenizer --vocab-size 1", r"use at least 261"),
     "nothing to train on": ("--input {empty} --train-tokenizer --vocab-size 300", r"no usable record"),
-    "no document": ("--input {blank} --tokenizer-model {model}", r"no document in the input \(1 empty\)"),
+    "no document": ("--input {blank} --tokenizer-model {model}", r"no document in the input \(1 empty, first at .*blank\.jsonl:1\)"),
     "no line": (
         "--input {empty} --tokenizer-model {model}",
         r"no document .* \(the files are empty\)",

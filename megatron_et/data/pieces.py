@@ -23,7 +23,7 @@ from megatron_et.data.reading import compression, is_jsonl, is_parquet
 # Long enough to hide the cost of passing it to a process, short enough to hold many.
 PIECE_BYTES = 1 << 20
 
-DAMAGED = "damaged compressed data, the rest of the file is lost"
+DAMAGED = "damaged compressed data (the rest of the file is lost, what came just before may be wrong)"
 DAMAGED_ROWS = "damaged Parquet data"
 NOT_PARQUET = "not a Parquet file"
 

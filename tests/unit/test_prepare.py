@@ -366,7 +366,10 @@ ERRORS = {
     "vocabulary too small": ("--input {text} --train-tokenizer --vocab-size 265", r"265 pieces is too small"),
     "vocabulary below bytes": ("--input {text} --train-tokenizer --vocab-size 1", r"use at least 261"),
     "nothing to train on": ("--input {empty} --train-tokenizer --vocab-size 300", r"no usable record"),
-    "no document": ("--input {blank} --tokenizer-model {model}", r"no document in the input \(1 empty, first at .*blank\.jsonl:1\)"),
+    "no document": (
+        "--input {blank} --tokenizer-model {model}",
+        r"no document in the input \(1 empty, first at .*blank\.jsonl:1\)",
+    ),
     "no line": (
         "--input {empty} --tokenizer-model {model}",
         r"no document .* \(the files are empty\)",

@@ -33,8 +33,13 @@ class _Stretch(NamedTuple):
 
 def sample_texts(inputs: Sequence[Path], json_key: str, sample_bytes: int) -> Iterator[str]:
     """Texts that together have about `sample_bytes`, in the order of the input; all of it if that is less."""
+    sizes = [_text_bytes(path, json_key) for path in inputs]
+    if sum(sizes) <= sample_bytes:
+        for path in inputs:
+            yield from _texts_from(path, json_key, 0)
+        return
     by_file: dict[Path, list[_Stretch]] = {}
-    for stretch in _stretches(inputs, json_key, sample_bytes):
+    for stretch in _stretches(inputs, sizes, sample_bytes):
         by_file.setdefault(stretch.path, []).append(stretch)
     for path, stretches in by_file.items():
         if is_parquet(path):
@@ -46,13 +51,12 @@ def sample_texts(inputs: Sequence[Path], json_key: str, sample_bytes: int) -> It
                 yield from _from_range(stretch, json_key)
 
 
-def _stretches(inputs: Sequence[Path], json_key: str, sample_bytes: int) -> Iterator[_Stretch]:
+def _stretches(inputs: Sequence[Path], sizes: Sequence[int], sample_bytes: int) -> Iterator[_Stretch]:
     """Evenly spaced stretches of the inputs laid end to end."""
-    sizes = [_text_bytes(path, json_key) for path in inputs]
     ends = list(accumulate(sizes, initial=0))
     total = ends[-1]
-    count = 1 if total <= sample_bytes else math.ceil(sample_bytes / _STRETCH_BYTES)
-    length = min(total, sample_bytes) // count
+    count = math.ceil(sample_bytes / _STRETCH_BYTES)
+    length = sample_bytes // count
     for start in (i * total // count for i in range(count)):
         stop = start + length
         for i in range(bisect_right(ends, start) - 1, len(inputs)):

@@ -1,95 +1,68 @@
 """Input files and a tokenizer into a Megatron .bin/.idx dataset, the same bytes for any number of workers.
 
-Workers import this module, so neither it nor what it imports at the top imports torch or Megatron.
+    pieces (pieces.py) -> workers (workers.py: records.py, encoders.py) -> in order into a draft (draft.py)
+
+Workers import what is imported here: no torch and no Megatron.
 """
 
-import logging
-import multiprocessing
-import signal
 import time
-import warnings
-from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from megatron_et.data.draft import Draft
+from megatron_et.data.encoders import Tokenizer, digest, read_tokenizer, token_type
+from megatron_et.data.pieces import Cursor, Piece, pieces
+from megatron_et.data.progress import encoding_progress
+from megatron_et.data.reading import PrepareError, check_inputs, has_numbered_records
+from megatron_et.data.workers import Encoded, Options, encode
 
-from megatron_et.data import byte_progress, staged
-from megatron_et.data.reading import BadRecord, PrepareError, Window, check_inputs, is_jsonl, records, windows
-from megatron_et.data.tokenizer import load_tokenizer
+# A record is held whole, and a tokenizer needs many times its size.
+MAX_RECORD_BYTES = 1 << 28
+# Ids and lengths of a document must fit Megatron's 32 bits, at up to one token a byte.
+_LARGEST_RECORD_BYTES = 1 << 30
+# What a kill costs at most, and how often the disk has to keep up.
+_COMMIT_SECONDS = 5.0
+# So many bad records in a row at the very beginning are no accident.
+_HOPELESS = 1_000
 
-# Tasks handed out per worker and not collected yet: bounds memory when writing is slower than encoding.
-_TASKS_AHEAD = 4
+
+@dataclass
+class BadRecords:
+    """Bad records of one reason: how many, and the place of the first: its file, and line or row."""
+
+    count: int
+    first: str
 
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What `write_dataset` wrote: tokens (eod included), bytes of text in UTF-8, seconds to encode and write.
+    """What `write_dataset` wrote: tokens (eod included), bytes of text in UTF-8, records good and bad.
 
-    `bad_records` counts what was left out by reason; `first_bad_record` names its file, and line in JSONL.
+    `seconds` are those of this run, `resumed_tokens` the tokens that an interrupted run before it had made.
     """
 
     prefix: Path
     documents: int
     tokens: int
     bytes: int
+    records: int
     seconds: float
-    bad_records: dict[str, int] = field(default_factory=dict)
-    first_bad_record: str | None = None
+    bad_records: dict[str, BadRecords] = field(default_factory=dict)
+    resumed_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+        """Of this run."""
+        return (self.tokens - self.resumed_tokens) / self.seconds
 
     def __str__(self) -> str:
         return (
             f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, "
             f"{self.bytes:,} bytes of text in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
         )
-
-
-class _Encoded(NamedTuple):
-    """The documents of a window: their tokens end to end, tokens per document, and what there was to read."""
-
-    tokens: np.ndarray
-    lengths: list[int]
-    text_bytes: int
-    lines: int
-    bad: list[BadRecord]
-
-
-class _Encoder:
-    """Turns windows into tokens; made once in every process."""
-
-    def __init__(
-        self, tokenizer_model: Path, json_key: str, append_eod: bool, dtype: type[np.number]
-    ) -> None:
-        self._tokenizer = load_tokenizer(tokenizer_model)
-        self._ending = [self._tokenizer.eos_id()] if append_eod else []
-        self._json_key = json_key
-        self._dtype = dtype
-
-    def __call__(self, window: Window) -> _Encoded:
-        documents: list[np.ndarray] = []
-        bad: list[BadRecord] = []
-        text_bytes = lines = 0
-        for lines, record in enumerate(records(window, self._json_key), start=1):
-            if isinstance(record, BadRecord):
-                bad.append(record)
-                continue
-            ids = self._tokenizer.encode_as_ids(record)
-            if not ids:  # a tokenizer that normalises may leave nothing of some characters
-                bad.append(BadRecord(lines, "empty"))
-                continue
-            documents.append(np.array(ids + self._ending, dtype=self._dtype))
-            text_bytes += len(record.encode())
-        tokens = np.concatenate(documents) if documents else np.empty(0, self._dtype)
-        return _Encoded(tokens, [len(document) for document in documents], text_bytes, lines, bad)
 
 
 def write_dataset(
@@ -99,145 +72,189 @@ def write_dataset(
     *,
     json_key: str = "text",
     append_eod: bool = True,
+    special_tokens: bool = True,
+    max_record_bytes: int = MAX_RECORD_BYTES,
     workers: int = 1,
     strict: bool = False,
+    max_bad_share: float = 1.0,
+    training: Mapping[str, int] | None = None,
+    restart: bool = False,
     progress: bool = True,
 ) -> DatasetSummary:
     """Tokenizes the inputs, in order, into the Megatron dataset `prefix`.bin and `prefix`.idx.
 
-    Token ids are those of Megatron's SentencePieceTokenizer for the same model; with `append_eod` each
-    document ends with its `eod`. JSONL is read as a stream; a text file is one document and is read whole.
-    With more than one worker, processes are spawned: the calling script needs its
-    `if __name__ == "__main__"`.
+    Token ids are those of Megatron's SentencePieceTokenizer or HuggingFaceTokenizer for the same model; with
+    `append_eod` each document ends with its `eod`; without `special_tokens` a Hugging Face tokenizer adds
+    none. Everything is read as a stream; one record, which in a text file is the whole file, has to fit into
+    memory, and one of more than `max_record_bytes` is bad. With more than one worker, processes are spawned:
+    the calling script needs its `if __name__ == "__main__"`.
 
-    Raises PrepareError if an input or the tokenizer is unusable, if there is no document at all, and with
-    `strict` at the first bad record; OSError if a file cannot be read or written. Then no file is written.
+    An interrupted call leaves `prefix`.partial, and the next one with the same arguments goes on from there
+    (draft.py); `restart` makes it begin anew. `training` says how the tokenizer was made, if it was made for
+    this dataset: for the comparison of the two calls.
+
+    Raises PrepareError if an input or the tokenizer is unusable, if there is no document at all, if the input
+    changed since an interrupted call, with `strict` at the first bad record, and if more than `max_bad_share`
+    of the records are bad; OSError if a file cannot be read or written. Then the dataset is as it was before.
     """
     check_inputs(inputs)
-    if workers < 1:
-        raise PrepareError(f"{workers} workers cannot encode: use at least 1")
-    tokenizer = load_tokenizer(tokenizer_model)
-    if append_eod and tokenizer.eos_id() < 0:
+    _check_numbers(workers, max_bad_share, max_record_bytes)
+    tokenizer = read_tokenizer(tokenizer_model, special_tokens=special_tokens)
+    encoder = tokenizer.encoder()
+    if append_eod and encoder.eod is None:
         raise PrepareError(
-            f"the tokenizer {tokenizer_model} has no end-of-sentence piece, which is Megatron's eod: "
+            f"the tokenizer {tokenizer_model} has {encoder.no_eod}, which is Megatron's eod: "
             "use --no-append-eod or a tokenizer with one"
         )
-    dataset_builder, dtype = _megatron_format(tokenizer.get_piece_size())
+    options = Options(json_key, append_eod, max_record_bytes)
     began = time.perf_counter()
-    encoder = (tokenizer_model, json_key, append_eod, dtype)
-    tally = _Tally(strict)
-    total = sum(path.stat().st_size for path in inputs)
-    with (
-        staged(Path(f"{prefix}.bin"), Path(f"{prefix}.idx")) as (bin_draft, idx_draft),
-        closing(_encode(windows(inputs), encoder, workers)) as results,
-        byte_progress("Tokenizing", total, enabled=progress) as advance,
-    ):
-        builder = dataset_builder(str(bin_draft), dtype=dtype)
-        with closing(builder.data_file):
-            for window, encoded in results:
-                tally.add(window, encoded)
-                start = 0
-                for length in encoded.lengths:
-                    builder.add_document(encoded.tokens[start : start + length], [length])
-                    start += length
-                advance(window.stop - window.start)
-            if tally.documents == 0:
-                raise PrepareError(f"no document in the input ({tally.describe_bad()}): nothing is written")
-            builder.finalize(str(idx_draft))
+    run = _run_settings(inputs, tokenizer, options) | dict(training or {})
+    with Draft(prefix, run, restart=restart) as draft:
+        tally = _Tally(inputs, draft.progress, strict=strict, max_bad_share=max_bad_share)
+        tokens_before = tally.tokens
+        tally.check()
+        if not draft.finished:
+            _encode_into(draft, tally, inputs, tokenizer, options, workers, progress)
+        draft.finish(token_type(encoder.vocab_size))
     return DatasetSummary(
         prefix=prefix,
         documents=tally.documents,
         tokens=tally.tokens,
         bytes=tally.bytes,
+        records=tally.records,
         seconds=time.perf_counter() - began,
-        bad_records=dict(tally.bad),
-        first_bad_record=tally.first_bad,
+        bad_records=tally.bad,
+        resumed_tokens=tokens_before,
     )
+
+
+def _check_numbers(workers: int, max_bad_share: float, max_record_bytes: int) -> None:
+    if workers < 1:
+        raise PrepareError(f"{workers} workers cannot encode: use at least 1")
+    if not 0 <= max_bad_share <= 1:
+        raise PrepareError(f"{max_bad_share} is not a share of the records: give a number from 0 to 1")
+    if not 1 <= max_record_bytes <= _LARGEST_RECORD_BYTES:
+        raise PrepareError(
+            f"records of up to {max_record_bytes:,} bytes cannot be indexed: give 1 to "
+            f"{_LARGEST_RECORD_BYTES:,} bytes"
+        )
+
+
+def _run_settings(inputs: Sequence[Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
+    """All that decides the bytes of a dataset, for `Draft`; a file is known by its size and modification."""
+    status = [(path.absolute(), path.stat()) for path in inputs]
+    return {
+        "inputs": [(str(path), s.st_size, s.st_mtime_ns) for path, s in status],
+        "tokenizer": digest(tokenizer),
+        "--json-key": options.json_key,
+        "--no-append-eod": not options.append_eod,
+        "--max-record-bytes": options.max_record_bytes,
+    }
+
+
+def _encode_into(
+    draft: Draft,
+    tally: "_Tally",
+    inputs: Sequence[Path],
+    tokenizer: Tokenizer,
+    options: Options,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Appends all documents that the draft has not yet, committing now and then."""
+    total = sum(path.stat().st_size for path in inputs)
+    work = pieces(inputs, options.json_key, options.max_record_bytes, tally.cursor)
+    committed = time.monotonic()
+    with (
+        closing(encode(work, tokenizer, options, workers, draft.folder / "tokenizer")) as results,
+        encoding_progress(total, tally.input_bytes, tally.documents, enabled=progress) as advance,
+    ):
+        for piece, encoded in results:
+            draft.add(encoded.tokens, encoded.lengths)
+            new_tokens = tally.add(piece, encoded)
+            advance(piece.share, len(encoded.lengths), new_tokens, encoded.text_bytes)
+            tally.check()
+            if time.monotonic() - committed >= _COMMIT_SECONDS:
+                draft.commit(tally.state())
+                committed = time.monotonic()
+    tally.check(complete=True)
+    draft.commit(tally.state(), finished=True)
 
 
 class _Tally:
-    """Counts of a dataset being written; with `strict` the first bad record is an error."""
+    """Counts of a dataset being written, and how much of the input they stand for."""
 
-    def __init__(self, strict: bool) -> None:
+    def __init__(
+        self, inputs: Sequence[Path], state: Mapping[str, Any], *, strict: bool, max_bad_share: float
+    ) -> None:
+        """Goes on from `state`, an earlier tally's; {} is the beginning."""
+        self._inputs = inputs
         self._strict = strict
-        self._lines_before = 0
-        self.documents = self.tokens = self.bytes = 0
-        self.bad: Counter[str] = Counter()
-        self.first_bad: str | None = None
+        self._max_bad_share = max_bad_share
+        self.cursor = Cursor(*state.get("cursor", (0, 0)))
+        self._records_of_file: int = state.get("records_of_file", 0)
+        self.input_bytes: int = state.get("input_bytes", 0)
+        self.records: int = state.get("records", 0)
+        self.documents: int = state.get("documents", 0)
+        self.tokens: int = state.get("tokens", 0)
+        self.bytes: int = state.get("bytes", 0)
+        self.bad = {reason: BadRecords(**bad) for reason, bad in state.get("bad", {}).items()}
 
-    def add(self, window: Window, encoded: _Encoded) -> None:
-        """Adds a window; those of one file must come in order, for its line numbers."""
-        if window.start == 0:
-            self._lines_before = 0
-        for line, reason in encoded.bad:
-            place = (
-                f"{window.path}:{self._lines_before + line}" if is_jsonl(window.path) else str(window.path)
-            )
-            if self._strict:
-                raise PrepareError(f"bad record at {place}: {reason}; correct it or leave out --strict")
-            self.bad[reason] += 1
-            self.first_bad = self.first_bad or place
-        self._lines_before += encoded.lines
+    def state(self) -> dict[str, Any]:
+        """What __init__ takes, for JSON."""
+        return {
+            "cursor": self.cursor,
+            "records_of_file": self._records_of_file,
+            "input_bytes": self.input_bytes,
+            "records": self.records,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "bad": {reason: asdict(bad) for reason, bad in self.bad.items()},
+        }
+
+    def add(self, piece: Piece, encoded: Encoded) -> int:
+        """Adds a piece; they must come in order, for the line numbers. Returns its tokens."""
+        if piece.file != self.cursor.file:
+            self._records_of_file = 0
+        for reason, (count, first) in encoded.bad.items():
+            if reason in self.bad:
+                self.bad[reason].count += count
+            else:
+                place = f"{piece.path}"
+                if has_numbered_records(piece.path):
+                    place += f":{self._records_of_file + first}"
+                self.bad[reason] = BadRecords(count, place)
+        tokens = int(encoded.lengths.sum())
+        self.cursor = piece.next
+        self._records_of_file += encoded.records
+        self.input_bytes += piece.share
+        self.records += encoded.records
         self.documents += len(encoded.lengths)
-        self.tokens += len(encoded.tokens)
+        self.tokens += tokens
         self.bytes += encoded.text_bytes
+        return tokens
 
-    def describe_bad(self) -> str:
-        return ", ".join(f"{count:,} {reason}" for reason, count in self.bad.items()) or "the files are empty"
+    def check(self, *, complete: bool = False) -> None:
+        """Raises PrepareError if the input is too bad to go on, or has no document at all."""
+        if self._strict and self.bad:
+            reason, bad = next(iter(self.bad.items()))
+            raise PrepareError(f"bad record at {bad.first}: {reason}; correct it or leave out --strict")
+        count = sum(bad.count for bad in self.bad.values())
+        if complete and self.documents == 0:
+            raise PrepareError(f"no document in the input ({self._describe_bad()}): nothing is written")
+        if self.documents == 0 and count >= _HOPELESS:
+            raise PrepareError(
+                f"all of the first {count:,} records are bad ({self._describe_bad()}): check --json-key and "
+                "the input"
+            )
+        if (complete or self.records >= _HOPELESS) and count > self._max_bad_share * self.records:
+            raise PrepareError(
+                f"{count:,} of the first {self.records:,} records are bad ({self._describe_bad()}), more "
+                f"than --max-bad-share {self._max_bad_share:g}: correct them, or raise it to go on"
+            )
 
-
-def _megatron_format(vocab_size: int) -> tuple[Any, type[np.number]]:
-    """Megatron's dataset builder and the token type it uses for this vocabulary.
-
-    Imported late: workers do without torch, and whoever mistypes a file name need not wait for it.
-    """
-    # Notes about missing GPU extensions, which writing a dataset does not need.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"):
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-    return IndexedDatasetBuilder, DType.optimal_dtype(vocab_size)
-
-
-_EncoderArguments = tuple[Path, str, bool, type[np.number]]
-_worker_encoder: _Encoder | None = None
-
-
-def _start_worker(*arguments: Any) -> None:
-    """Loads the tokenizer in a new process, which leaves Ctrl-C to the parent."""
-    global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _worker_encoder = _Encoder(*arguments)
-
-
-def _encode_in_worker(window: Window) -> _Encoded:
-    assert _worker_encoder is not None
-    return _worker_encoder(window)
-
-
-def _encode(
-    work: Iterator[Window], arguments: _EncoderArguments, workers: int
-) -> Generator[tuple[Window, _Encoded], None, None]:
-    """Every window with its tokens, in order; at most a few windows per worker are in memory."""
-    if workers == 1:
-        encoder = _Encoder(*arguments)
-        yield from ((window, encoder(window)) for window in work)
-        return
-    # An executor rather than Pool.imap, which reads ahead without limit and hangs when a worker is killed.
-    # Spawned rather than forked: the parent has the threads of torch and of the progress bar.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=arguments
-    )
-    waiting: deque[tuple[Window, Future[_Encoded]]] = deque()
-    try:
-        for window in work:
-            waiting.append((window, pool.submit(_encode_in_worker, window)))
-            if len(waiting) >= _TASKS_AHEAD * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    except BrokenProcessPool:
-        raise PrepareError("a worker process was killed, perhaps for memory: use fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def _describe_bad(self) -> str:
+        if not self.bad:
+            return "the files are empty"
+        return ", ".join(f"{bad.count:,} {reason}, first at {bad.first}" for reason, bad in self.bad.items())

@@ -1,16 +1,17 @@
-"""A SentencePiece tokenizer: trained on a sample of the input files, or loaded."""
+"""A SentencePiece tokenizer trained on a sample of the input files."""
 
 import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from megatron_et.data import staged
-from megatron_et.data.reading import PrepareError, Window, check_inputs, is_jsonl, records, sample_windows
+from megatron_et.data.encoders import sentencepiece_package
+from megatron_et.data.reading import PrepareError, check_inputs
+from megatron_et.data.sampling import sample_texts
 
 DEFAULT_SAMPLE_BYTES = 20_000_000
 
@@ -34,7 +35,7 @@ def train_tokenizer(
     The tokenizer is lossless (no normalisation, no added or removed blanks, bytes for rare characters),
     except that SentencePiece's own blank U+2581 decodes to a space. Ids 0 to 3 are unk, bos, eos and pad:
     Megatron's eod is eos, and it wants a pad that is no other special piece. The sample is `sample_bytes` of
-    text spread evenly over all inputs; bad records are left out.
+    text spread evenly over all inputs (sampling.py); bad records are left out.
 
     Raises PrepareError if an input is missing, if there is no text, or if the text does not suit
     `vocab_size`; OSError if a file cannot be read or written. Then no file is written.
@@ -55,24 +56,13 @@ def train_tokenizer(
 def _sample_sentences(inputs: Sequence[Path], json_key: str, sample_bytes: int) -> Iterator[str]:
     """Pieces of the documents, at most _SENTENCE_CHARS long, until they make `sample_bytes`."""
     left = sample_bytes
-    for window in sample_windows(inputs, sample_bytes):
-        for text in _sample_texts(window, json_key):
-            for start in range(0, len(text), _SENTENCE_CHARS):
-                if left <= 0:
-                    return
-                sentence = text[start : start + _SENTENCE_CHARS]
-                left -= len(sentence.encode())
-                yield sentence
-
-
-def _sample_texts(window: Window, json_key: str) -> Iterator[str]:
-    if is_jsonl(window.path):
-        yield from (record for record in records(window, json_key) if isinstance(record, str))
-        return
-    with window.path.open("rb") as file:
-        file.seek(window.start)
-        # A stretch may begin and end within a character.
-        yield file.read(window.stop - window.start).decode("utf-8", errors="ignore")
+    for text in sample_texts(inputs, json_key, sample_bytes):
+        for start in range(0, len(text), _SENTENCE_CHARS):
+            if left <= 0:
+                return
+            sentence = text[start : start + _SENTENCE_CHARS]
+            left -= len(sentence.encode())
+            yield sentence
 
 
 def _train_sentencepiece(sentences: Sequence[str], vocab_size: int) -> bytes:
@@ -86,7 +76,7 @@ def _train_sentencepiece(sentences: Sequence[str], vocab_size: int) -> bytes:
         )
     model = io.BytesIO()
     try:
-        _sentencepiece().SentencePieceTrainer.train(
+        sentencepiece_package().SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
@@ -122,23 +112,3 @@ def _vocabulary_error(message: str, vocab_size: int, size: int) -> str:
             f"this text take {smallest[1]}: raise --vocab-size"
         )
     return f"SentencePiece cannot train a tokenizer of {vocab_size} pieces: {message}"
-
-
-def _sentencepiece() -> Any:
-    try:
-        import sentencepiece
-    except ImportError:
-        raise PrepareError("sentencepiece is not installed: pip install sentencepiece") from None
-    return sentencepiece
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The SentencePieceProcessor of a model file; PrepareError if it is none."""
-    sentencepiece = _sentencepiece()
-    try:
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
-        problem = "is not a SentencePiece model" if path.is_file() else "does not exist"
-        raise PrepareError(
-            f"the tokenizer {path} {problem}: give the .model file of a trained tokenizer"
-        ) from None

@@ -1,6 +1,7 @@
 """`megatron-et prepare`: tokenizer and dataset as Megatron reads them, bad records, errors, workers."""
 
 import argparse
+import gzip
 import importlib.util
 import json
 import re
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +20,17 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText
 
 from megatron_et.cli import main
-from megatron_et.data import reading
-from megatron_et.data.dataset import write_dataset
+from megatron_et.data import pieces
+from megatron_et.data.dataset import BadRecords, write_dataset
 from megatron_et.data.reading import PrepareError, find_inputs
 from megatron_et.data.tokenizer import _SENTENCE_CHARS, _sample_sentences, train_tokenizer
 from tests.megatron_here import absent
+from tests.unit.prepare_files import write_jsonl, write_parquet, zstd
 
 VOCAB_SIZE = 512
 # U+2581 is SentencePiece's own sign for a blank.
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=60)
 CODE = "def f(x):\n\tif x:\n        return  'ä €  🙂'   \r\n\n\n    # trailing blanks  \n"
-
-
-def write_jsonl(path: Path, texts: Sequence[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def stdlib_texts(pattern: str) -> list[str]:
@@ -195,7 +191,7 @@ def test_windows_split_jsonl_without_losing_lines(
     texts = [f"line {i} " + "x" * (i % 5 * 20) for i in range(20)]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     source.write_bytes(source.read_bytes().removesuffix(b"\n"))  # the last line need not end
-    monkeypatch.setattr(reading, "_WINDOW_BYTES", window_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", window_bytes)
     write_dataset([source], tmp_path / "data", model)
     assert read_documents(tmp_path / "data", model) == texts
 
@@ -205,7 +201,7 @@ def test_same_bytes_for_any_number_of_workers(
 ) -> None:
     text = tmp_path / "some.txt"
     text.write_text(CODE, encoding="utf-8")
-    monkeypatch.setattr(reading, "_WINDOW_BYTES", 10_000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
     one = write_dataset([corpus, text], out / "one", model, workers=1)
     two = write_dataset([corpus, text], out / "two", model, workers=2)
     assert (out / "one.bin").read_bytes() == (out / "two.bin").read_bytes()
@@ -272,7 +268,7 @@ def test_bad_records_are_counted_and_skipped(
     arguments = ["prepare", "--input", str(source), "--output", str(tmp_path / "data")]
     assert main([*arguments, "--tokenizer-model", str(model)]) == 0
     captured = capsys.readouterr()
-    assert captured.err == f"skipped bad records: 2 {reason}; the first is {source}:2\n"
+    assert captured.err == f"left out 2 bad records of 4:\n  2 {reason}, first at {source}:2\n"
     assert captured.out.startswith(f"{tmp_path / 'data'}: 2 documents, ")
     assert read_documents(tmp_path / "data", model) == ["first", "last"]
 
@@ -280,7 +276,7 @@ def test_bad_records_are_counted_and_skipped(
 def test_strict_names_file_and_line(
     model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_WINDOW_BYTES", 20)  # the line number counts the lines of earlier windows
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20)  # the line number counts the lines of earlier windows
     good = write_jsonl(tmp_path / "good.jsonl", ["a", "b"])
     bad = write_jsonl(tmp_path / "bad.jsonl", ["a", "b", "c", " "])
     with pytest.raises(PrepareError, match=re.escape(f"bad record at {bad}:4: empty")):
@@ -303,8 +299,114 @@ def test_characters_that_a_tokenizer_drops_are_an_empty_record(tmp_path: Path) -
     )
     source = write_jsonl(tmp_path / "in.jsonl", ["some words", "\x01\x02"])
     summary = write_dataset([source], tmp_path / "data", tmp_path / "nfkc.model")
-    assert (summary.documents, summary.bad_records) == (1, {"empty": 1})
-    assert summary.first_bad_record == f"{source}:2"
+    assert (summary.documents, summary.bad_records) == (1, {"empty": BadRecords(1, f"{source}:2")})
+
+
+def test_bad_records_are_reported_by_reason_with_the_first_of_each(
+    model: Path,
+    tmp_path: Path,
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 30)
+    lines = ['{"text": "good"}', "", "{", '{"text": 1}', "", '{"text": "good"}', "["]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.jsonl").write_text("\n{")
+    (tmp_path / "c.txt").write_text(" ")
+    command = ["--input", str(tmp_path / "*"), "--tokenizer-model", str(model), "--workers", "2"]
+    assert run_command(out, *command) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "left out 8 bad records of 10:",
+        f"  4 empty, first at {tmp_path}/a.jsonl:2",
+        f"  3 invalid JSON, first at {tmp_path}/a.jsonl:3",
+        f"  1 with a 'text' that is not a string, first at {tmp_path}/a.jsonl:4",
+    ]
+
+
+def test_max_bad_share(model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["good"] * 6_000 + [" "] * 1_500)
+    summary = write_dataset([source], out / "data", model, max_bad_share=0.2)
+    assert summary.documents == 6_000
+    assert summary.bad_records["empty"].count == 1_500
+    before = contents(out)
+    with pytest.raises(
+        PrepareError, match=r"1,500 of the first 7,500 records are bad .*--max-bad-share 0\.199"
+    ):
+        write_dataset([source], out / "data", model, max_bad_share=0.199)
+    # Said as soon as 1,000 records are read, and not at the end.
+    write_jsonl(source, ["good"] * 900 + [" "] * 300 + ["good"] * 100_000)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 5_000)
+    with pytest.raises(PrepareError, match=r"of the first 1,[0-3]\d\d records are bad"):
+        write_dataset([source], out / "data", model, max_bad_share=0.01)
+    assert contents(out) == before
+    with pytest.raises(PrepareError, match=r"1\.5 is not a share"):
+        write_dataset([source], out / "data", model, max_bad_share=1.5)
+
+
+def test_an_input_of_bad_records_only_is_found_at_its_beginning(
+    model: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 5_000)
+    source = write_jsonl(tmp_path / "in.jsonl", ["good"] * 20_000)
+    with pytest.raises(PrepareError, match=r"all of the first 1,\d\d\d records are bad .*: check --json-key"):
+        write_dataset([source], out / "data", model, json_key="content")
+    assert contents(out) == {}
+
+
+def test_records_over_the_limit_are_bad(model: Path, tmp_path: Path, out: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ["short", "long " * 100])
+    (tmp_path / "long.txt").write_text("long " * 100)
+    summary = write_dataset([source, tmp_path / "long.txt"], out / "data", model, max_record_bytes=300)
+    assert read_documents(out / "data", model) == ["short"]
+    assert summary.bad_records == {"longer than 300 bytes": BadRecords(2, f"{source}:2")}
+    with pytest.raises(PrepareError, match="records of up to 2,000,000,000 bytes cannot be indexed"):
+        write_dataset([source], out / "data", model, max_record_bytes=2_000_000_000)
+
+
+def test_progress_bar_on_a_terminal(
+    corpus: Path, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take anything for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100_000)
+    assert run_command(out, "--input", str(corpus), "--tokenizer-model", str(model)) == 0
+    said = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert re.search(r"Tokenizing .* \d+% [\d,]+ documents, [\d,]+ tokens/s, [\d.]+ MB/s \d:\d\d:\d\d", said)
+
+
+def test_formats_give_the_same_dataset(corpus: Path, model: Path, tmp_path: Path, out: Path) -> None:
+    texts = stdlib_texts("[a-d]*.py")
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    (tmp_path / "in.jsonl.zst").write_bytes(zstd(corpus.read_bytes()))
+    write_parquet(tmp_path / "in.parquet", {"text": texts, "other": range(len(texts))}, 7)
+    write_dataset([corpus], out / "data", model)
+    expected = contents(out)
+    for source in sorted(tmp_path.glob("in.*")):
+        write_dataset([source], out / "data", model, workers=2)
+        assert contents(out) == expected
+    arguments = ["--input", str(tmp_path / "in.parquet"), "--train-tokenizer", "--vocab-size", "400"]
+    assert run_command(out, *arguments) == 0
+    assert read_documents(out / "data", out / "data.model") == texts
+
+
+def test_megatrons_own_writer_gives_the_same_bytes(
+    corpus: Path, model: Path, tmp_path: Path, out: Path
+) -> None:
+    """As tools/preprocess_data.py uses it; benchmarks/prepare_throughput.py compares the script itself."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    tokenizer = megatron_tokenizer(model)
+    builder = IndexedDatasetBuilder(
+        str(tmp_path / "data.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size)
+    )
+    for text in stdlib_texts("[a-d]*.py"):
+        ids = [*tokenizer.tokenize(text), tokenizer.eod]
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(str(tmp_path / "data.idx"))
+    write_dataset([corpus], out / "data", model)
+    for name in ("data.bin", "data.idx"):
+        assert (out / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 # The command
@@ -367,7 +469,10 @@ ERRORS = {
     "vocabulary too small": ("--input {text} --train-tokenizer --vocab-size 265", r"265 pieces is too small"),
     "vocabulary below bytes": ("--input {text} --train-tokenizer --vocab-size 1", r"use at least 261"),
     "nothing to train on": ("--input {empty} --train-tokenizer --vocab-size 300", r"no usable record"),
-    "no document": ("--input {blank} --tokenizer-model {model}", r"no document in the input \(1 empty\)"),
+    "no document": (
+        "--input {blank} --tokenizer-model {model}",
+        r"no document in the input \(1 empty, first at .*blank\.jsonl:1\)",
+    ),
     "no line": (
         "--input {empty} --tokenizer-model {model}",
         r"no document .* \(the files are empty\)",

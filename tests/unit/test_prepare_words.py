@@ -1,0 +1,150 @@
+"""SentencePiece by words: the ids of the whole text, or not used."""
+
+import io
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_et.data import words as module
+from megatron_et.data.reading import PrepareError
+from megatron_et.data.words import WordCache, word_cache
+
+CORPUS = [
+    "def f(x):\n\treturn self.name[0:12] if x else None  # it's a 'test', really",
+    "  Über die Grenze: straße, naïve café; Привет, мир! 你好世界 and the end.   ",
+    "The quick brown fox doesn't jump over 123,456.78 lazy dogs...  \r\n\r\n    ----",
+    "for (int i = 0; i < 10; ++i) { a[i] += b->c; }\n\n\n<table> <tr>x</tr></table>",
+] * 30
+ALPHABET = "ab eTé÷ß яп你界.,'(){}<>_-09\n\t\r \u2581\u00a0🙂\x00\u0301"
+TEXTS = st.one_of(
+    st.text(ALPHABET, min_size=1, max_size=80),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30),
+    st.lists(st.sampled_from([*" ".join(CORPUS).split(), " ", "  ", "\n", "<table>", "x y"]), min_size=1).map(
+        "".join
+    ),
+)
+
+
+def train(**settings: Any) -> bytes:
+    model = io.BytesIO()
+    # What the project's own tokenizers have (tokenizer.py), unless the case says otherwise.
+    plain = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=500,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **(plain | settings),
+    )
+    return model.getvalue()
+
+
+def whole(model: bytes, text: str) -> bytes:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return array("H", processor.encode_as_ids(text)).tobytes()
+
+
+USED = {
+    "ours": {"split_digits": True, "allow_whitespace_only_pieces": True},
+    "as Llama 2": {"add_dummy_prefix": True, "split_digits": True},
+    "scripts mixed": {"split_by_unicode_script": False},
+    "scripts mixed, numbers too": {"split_by_unicode_script": False, "split_by_number": False},
+    "own symbols": {"user_defined_symbols": ["<table>", "▁▁", "'s", "\n\n"], "add_dummy_prefix": True},
+}
+
+
+@pytest.fixture(scope="module", params=USED)
+def model(request: pytest.FixtureRequest) -> bytes:
+    return train(**USED[request.param])
+
+
+@settings(max_examples=150)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4))
+def test_ids_are_those_of_the_whole_text(model: bytes, texts: list[str]) -> None:
+    cache = word_cache(model, "H")
+    assert cache is not None
+    for text in [*texts, *texts]:  # the second time from the cache
+        assert cache.encode(text) == whole(model, text)
+
+
+def test_ids_of_long_texts(model: bytes) -> None:
+    cache = word_cache(model, "H")
+    assert cache is not None
+    text = "\n".join(CORPUS) + "ab" * 5_000 + " " * 5_000
+    assert cache.encode(text) == whole(model, text)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"byte_fallback": False},
+        {"remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True},
+        {"split_by_whitespace": False},
+        {"user_defined_symbols": ["x y"]},
+        {"user_defined_symbols": ["x▁y"]},
+    ],
+    ids=str,
+)
+def test_not_used_where_words_do_not_decide(settings: dict[str, Any]) -> None:
+    assert word_cache(train(**settings), "H") is None
+
+
+def test_the_cut_is_as_fine_as_the_vocabulary_allows() -> None:
+    def words(text: str, **settings: Any) -> list[str]:
+        cache = word_cache(train(**settings), "H")
+        assert cache is not None
+        seen: list[str] = []
+        lookup: Callable[[str], bytes] = cache.__getitem__
+        cache.__getitem__ = lambda word: (seen.append(word), lookup(word))[1]  # type: ignore[method-assign]
+        cache._by_words(text)
+        return seen
+
+    assert words("it's  a\n\tжизнь.") == ["it", "'", "s", "  a", "\n\t", "жизнь", "."]
+    assert words("it's  a\n\tжизнь.", user_defined_symbols=["'s"]) == ["it's", "  a\n\tжизнь."]
+
+
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_WORDS", 10)
+    model = train()
+    cache = word_cache(model, "H")
+    assert cache is not None
+    for i in range(100):
+        text = f"w{chr(97 + i % 26)}{chr(97 + i // 26)} " + "long" * 20
+        assert cache.encode(text) == whole(model, text)
+        assert len(cache) <= 10
+    assert not any(len(word) > module._MAX_CHARS for word in cache)
+
+
+def test_wrong_ids_do_not_pass_for_long() -> None:
+    model = train()
+    cache = word_cache(model, "H")
+    assert isinstance(cache, WordCache)
+    cache.encode("the fox")  # the first text is checked
+    cache[" dogs"] = b"\x01\x00"
+    cache.encode(" dogs")
+    cache.encode(" " * (module._CHECK_EVERY - len(" dogs")))
+    with pytest.raises(PrepareError, match="by words differ from SentencePiece's"):
+        cache.encode(" dogs")
+
+
+def test_wide_ids() -> None:
+    model = train()
+    cache = word_cache(model, "i")
+    assert cache is not None
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert list(array("i", cache.encode(CORPUS[0]))) == processor.encode_as_ids(CORPUS[0])

@@ -5,9 +5,9 @@ L MoE layers.
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.text import Text
@@ -158,7 +158,11 @@ def _row(state: Watched, last: Step, i: int, alarmed: bool, fanout_SL: np.ndarra
 
 
 def _overall(state: Watched, last: Step, fanout_SL: np.ndarray, glyphs: Glyphs) -> Text:
-    how = {"expert_usage_min": np.nanmin, "expert_usage_max": np.nanmax, "dead_experts": np.nansum}
+    how: dict[str, Callable[[np.ndarray], Any]] = {
+        "expert_usage_min": np.nanmin,
+        "expert_usage_max": np.nanmax,
+        "dead_experts": np.nansum,
+    }
     values = {
         name: float(how.get(name, np.nanmean)(vector)) if np.isfinite(vector).any() else math.nan
         for name, vector in last.metrics.items()

@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 from megatron_et.host.versions import CHECKED
+from tests.linters import linter
 from tests.megatron_here import needs_training
 from tests.unit.test_patches import files_of, stand_in
 
@@ -227,22 +228,14 @@ def test_pip_may_not_touch_torch_transformer_engine_or_apex() -> None:
 # ---- linters ---------------------------------------------------------------------------------------------
 
 
-def tool(name: str) -> str:
-    """A linter beside this Python or on the PATH; skips where there is none."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
 def test_hadolint_has_nothing_to_say() -> None:
-    command = [tool("hadolint"), "--config", ".hadolint.yaml", *map(str, DOCKERFILES)]
+    command = [linter("hadolint"), "--config", ".hadolint.yaml", *map(str, DOCKERFILES)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (0, ""), ran.stdout + ran.stderr
 
 
 def test_shellcheck_has_nothing_to_say() -> None:
-    command = [tool("shellcheck"), *map(str, SCRIPTS)]
+    command = [linter("shellcheck"), *map(str, SCRIPTS)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 

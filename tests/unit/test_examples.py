@@ -3,7 +3,6 @@
 import argparse
 import functools
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import pytest
 from examples.common import layout
 from examples.common.layout import LayoutError
 from examples.dry_run import EXAMPLES, NODES, ROUTERS, ExampleError, Expansion, Settings, expand
+from tests.linters import linter
 from tests.megatron_here import needs_training
 
 README = EXAMPLES / "README.md"
@@ -487,10 +487,13 @@ def test_a_dry_run_judges_the_flags() -> None:
 # --- the scripts themselves ---
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_has_nothing_to_say() -> None:
     entries = [path for path in FILES if path.parent == EXAMPLES]
     ran = subprocess.run(
-        ["shellcheck", "-x", "-a", *entries], capture_output=True, text=True, check=False, cwd=EXAMPLES
+        [linter("shellcheck"), "-x", "-a", *entries],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=EXAMPLES,
     )
     assert ran.stdout + ran.stderr == ""

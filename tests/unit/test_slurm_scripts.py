@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.linters import linter
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -339,8 +341,8 @@ def _wait_for(condition, seconds: float = 30) -> None:  # type: ignore[no-untype
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_is_clean() -> None:
     files = sorted(map(str, SCRIPTS.iterdir()))
-    done = subprocess.run(["shellcheck", "-x", "-P", str(SCRIPTS), *files], text=True, stdout=subprocess.PIPE)
+    command = [linter("shellcheck"), "-x", "-P", str(SCRIPTS), *files]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stdout

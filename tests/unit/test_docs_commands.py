@@ -102,7 +102,7 @@ def _megatron_et(words: Sequence[str]) -> None:
     if words[:1] == ["check"]:
         script = words[1:2]
         if script and not script[0].startswith("-") and script[0] != FLAGS:
-            assert script[0] in CHECKOUTS_SCRIPTS, f"{script[0]} is no training script"
+            assert Path(script[0]).name in CHECKOUTS_SCRIPTS, f"{script[0]} is no training script"
         _training_flags([word for word in words[1:] if word not in script])
         return
     if len(words) == 1 and words[0] in cli.COMMANDS:  # a sentence about the command
@@ -185,6 +185,22 @@ def _srun(words: Sequence[str]) -> None:
     reader(rest[1:])
 
 
+def _example(words: Sequence[str], environment: Sequence[str]) -> None:
+    """The script puts its command together; Megatron's parser takes it in tests/unit/test_examples.py."""
+    assert (ROOT / words[0]).is_file(), f"there is no {words[0]}"
+    given = dict(one.split("=", 1) for one in environment) | {"DRY_RUN": "command"}
+    ran = subprocess.run(
+        ["bash", *words],
+        cwd=ROOT,
+        env={"NPROC_PER_NODE": "8", "PYTHON": sys.executable} | dict(os.environ) | given,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def _cd(words: Sequence[str]) -> None:
     assert len(words) == 1
 
@@ -208,8 +224,10 @@ def reader(command: Command) -> Callable[[], None] | None:
     program, *words = command.words
     if program.startswith("--"):
         return lambda: _training_flags(command.words)
-    # srun before a program that nothing reads is a command that nothing reads.
     name = Path(program).name
+    if name == "bash" and words:
+        return lambda: _example(words, command.environment)
+    # srun before a program that nothing reads is a command that nothing reads.
     starts = next((word for word in words if not word.startswith("-")), "") if name == "srun" else name
     read = READERS.get(name) if Path(starts).name in READERS else None
     return None if read is None else lambda: read(words)

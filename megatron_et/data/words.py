@@ -21,7 +21,7 @@ _BLANKS = " \u2581"  # SentencePiece writes a blank as U+2581, which is the same
 # Alphabets with letters, digits and signs in other classes than these: longer words, the same ids.
 _LETTERS = ("A-Za-z\u00c0-\u1fff", "A-Za-z")
 
-_MAX_WORDS = 1 << 18  # with their ids about 50 MB
+_MAX_WORDS = 1 << 18  # with their ids about 35 MB
 _MAX_CHARS = 48  # longer ones hardly repeat
 _CHECK_CHARS = 1000
 _CHECK_EVERY = 1 << 20

@@ -47,8 +47,8 @@ def zstd(data: bytes) -> bytes:
 
 
 def write_parquet(path: Path, columns: Mapping[str, Any], rows_in_a_group: int) -> Path:
-    pyarrow = pyarrow_or_skip()
-    from pyarrow import parquet
+    pyarrow_or_skip()
+    import pyarrow.parquet
 
-    parquet.write_table(pyarrow.table(dict(columns)), path, row_group_size=rows_in_a_group)
+    pyarrow.parquet.write_table(pyarrow.table(dict(columns)), path, row_group_size=rows_in_a_group)
     return path

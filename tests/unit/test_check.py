@@ -5,6 +5,7 @@ this process; what binds the seams runs in one new process.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -134,6 +135,8 @@ def test_help_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
 # --- packages, each in a process of its own ---
 
 APEX = {"apex/__init__.py": ""}
+APEX_VERSION = ([d.version for d in importlib.metadata.distributions(name="apex")] or ["version unknown"])[0]
+"""It has no `__version__`; in an NGC image a real one is installed beside the one made here."""
 PACKAGES: dict[str, tuple[str, dict[str, str], str, str, str]] = {
     # what -> module, files, mark, label, words
     "DeepEP with HybridEP": (
@@ -146,7 +149,7 @@ PACKAGES: dict[str, tuple[str, dict[str, str], str, str, str]] = {
     "PyPI's apex": ("apex", APEX | {"apex/__init__.py": "import pyramid"}, NOTE, "Apex", "not NVIDIA's"),
     "NVIDIA's Apex": (
         "apex",
-        APEX | {"apex/optimizers/__init__.py": "", "amp_C.py": ""}, OK, "Apex", "NVIDIA's, version unknown"
+        APEX | {"apex/optimizers/__init__.py": "", "amp_C.py": ""}, OK, "Apex", f"NVIDIA's, {APEX_VERSION}"
     ),
     "Apex without kernels": (
         "apex", APEX | {"apex/optimizers/__init__.py": ""}, NOTE, "Apex", "without its compiled kernels"

@@ -23,7 +23,7 @@ PAGES = [
 ]
 
 COMMANDS = ("", "sh", "bash")
-NEEDS = ("a cluster", "a GPU", "a container engine")
+NEEDS = ("a cluster", "a GPU", "a container engine", "root")
 FLAGS = "<flags>"
 """Word that stands for flags that a document leaves to the reader."""
 
@@ -115,7 +115,7 @@ def _of_block(block: Block) -> list[Command]:
     return found
 
 
-_PROGRAMS = r"(?:\.venv/bin/)?(?:make|megatron-et|torchrun|python3?|pip|-m megatron_et[\w.]*)"
+_PROGRAMS = r"(?:\.venv/bin/)?(?:make|megatron-et|torchrun|python3?|-m megatron_et[\w.]*)"
 _IN_TEXT = re.compile(rf"`((?:[A-Z_]+=\S* )*{_PROGRAMS} [^`]+)`")
 
 
@@ -132,9 +132,13 @@ def _in_text(page: Path) -> list[Command]:
 
 
 def _of_line(line: str, page: str, number: int, needs: str | None) -> list[Command]:
+    try:
+        given = [*_words(line), ";"]
+    except ValueError:  # no shell would read it
+        return [Command(page, number, (line,), (), needs)]
     found = []
     words: list[str] = []
-    for word in [*_words(line), ";"]:
+    for word in given:
         if word not in _OPERATORS:
             words.append(word)
             continue

@@ -39,6 +39,7 @@ EXECUTED = {
         "tests/distributed/test_own_loop.py",
         "examples/own_loop.py",
     ),
+    r"python examples/dry_run\.py": ("tests/unit/test_examples.py", 'EXAMPLES / "dry_run.py"'),
     r"git apply /path/to/this/repository/patches/core_v0\.19\.0\.patch": (
         "tests/unit/test_patches.py",
         "check.apply(trial.PATCHES",

@@ -25,7 +25,7 @@ from benchmarks.fp8_loss import make_data, read_log, train
 from benchmarks.suite.methods import METHODS
 from benchmarks.suite.step_level import MODELS_BY_DEVICE
 
-BEFORE, AFTER, WARMUP, BETA = 300, 60, 30, 0.9
+BEFORE, AFTER, WARMUP, BETA = 100, 60, 30, 0.9
 TAIL = 20
 LIMIT = 900  # seconds for a run of some 100
 MODEL = MODELS_BY_DEVICE["cpu"]

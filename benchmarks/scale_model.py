@@ -24,7 +24,7 @@ DRAWS = 200
 
 def rows_of(measured: list[measure.Measured], hardware: assumptions.Hardware, draws: int) -> list[tables.Row]:
     """Every number of the report."""
-    chosen = tables.settings(measured, hardware, draws)
+    chosen = tables.settings(measured)
     return [
         *tables.shape_rows(),
         *tables.statistics_rows(hardware),

@@ -129,9 +129,14 @@ def slowdown(placement: Placement, hardware: Hardware, drawn: Drawn) -> Slowdown
         float(load.mean() + load.std() / math.sqrt(layers) * largest_of(chains))
         for load in (drawn.grouped_gemm_D, drawn.all_to_all_D)
     )
-    base = exposure(placement, hardware)
-    hidden = base.grouped_gemm * (gemm - 1.0) / base.step
-    return Slowdown(gemm, traffic, 1.0 + hidden, 1.0 + hidden + base.all_to_all * (traffic - 1.0) / base.step)
+    return slowed(exposure(placement, hardware), gemm, traffic)
+
+
+def slowed(base: Exposure, busiest: float, direction: float) -> Slowdown:
+    """A step whose busiest rank and busiest direction have so many times the mean."""
+    hidden = base.grouped_gemm * (busiest - 1.0) / base.step
+    exposed = hidden + base.all_to_all * (direction - 1.0) / base.step
+    return Slowdown(busiest, direction, 1.0 + hidden, 1.0 + exposed)
 
 
 def largest_of(number: int) -> float:

@@ -56,12 +56,15 @@ class Point:
         base = self.exposure(hardware)
         return 1.0 + (self.slowdown - 1.0) * base.step / (base.grouped_gemm + base.all_to_all)
 
-    def predicted(self, hardware: Hardware, text: Text, draws: int) -> tuple[float, float]:
-        """Busiest rank over the mean, and the slowdown, of this model."""
+    def predicted(self, hardware: Hardware, busiest: float) -> float:
+        """The slowdown that a busiest rank makes."""
+        base = self.exposure(hardware)
+        return 1.0 + (base.grouped_gemm + base.all_to_all) * (busiest - 1.0) / base.step
+
+    def simulated(self, text: Text, draws: int) -> float:
+        """Busiest rank of top-k on this text; for top-k the busiest direction is the same."""
         drawn = draw(np.random.default_rng(2), "top-k", self.group, text, draws)
-        busiest, base = float(drawn.grouped_gemm_D.mean()), self.exposure(hardware)
-        added = base.grouped_gemm * (busiest - 1.0) + base.all_to_all * (drawn.all_to_all_D.mean() - 1.0)
-        return busiest, 1.0 + float(added) / base.step
+        return float(drawn.grouped_gemm_D.mean())
 
 
 POINTS = (
@@ -77,13 +80,8 @@ def implied(hardware: Hardware) -> float:
     return float(np.mean([point.implied(hardware) for point in POINTS]))
 
 
-def popularity(hardware: Hardware, own: float, draws: int) -> float:
-    """Unequal popularity of experts (`wander`) that, with sequences of this `own`, makes the implied load of
-    the busiest rank. The first two rows stand for all: the others differ from the second in nothing that is
-    simulated."""
-
-    def busiest(wander: float) -> float:
-        text = Text(own=own, wander=wander)
-        return float(np.mean([point.predicted(hardware, text, draws)[0] for point in POINTS[:2]]))
-
-    return solve(busiest, implied(hardware), high=5.0, tolerance=0.01)
+def uneven_sequences(hardware: Hardware, draws: int) -> Text:
+    """Text that explains the first row by uneven sequences alone, all experts equally popular."""
+    first = POINTS[0]
+    own = solve(lambda own: first.simulated(Text(own=own), draws), first.implied(hardware), tolerance=0.005)
+    return Text(own=own)

@@ -40,9 +40,9 @@ MODEL = f"""
 """
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table and an empty line; all columns but the first are numbers."""
-    rule = ["---"] + ["---:"] * (len(head) - 1)
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> list[str]:
+    """A table and an empty line; all columns but the first are numbers, unless they are words."""
+    rule = ["---"] + ["---" if words else "---:"] * (len(head) - 1)
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)] + [""]
 
 
@@ -115,7 +115,7 @@ def write(
         "",
     ]
     head = ["number", "value", "what", "source"]
-    lines += markdown(head, [[a.name, f"{a.value:g}", a.what, a.source] for a in assumptions])
+    lines += markdown(head, [[a.name, f"{a.value:g}", a.what, a.source] for a in assumptions], words=True)
     lines += ["`--measured FILE.csv` (name, value, source) puts measured numbers in their place.", ""]
     for name, values in environments.items():
         lines += [f"{name}: " + "; ".join(f"{key} {value}" for key, value in values.items()) + ".", ""]
@@ -132,8 +132,10 @@ def _findings(get: Rows) -> list[str]:
     ]
     worst = max(SHAPES, key=lambda shape: get.statistic(shape.name, most, "once share")[0]).name
     misses = [f"{s.name} on {g:,}" for s in SHAPES for g in GPUS if (s.name, g) not in holds]
-    int32 = get("sensitivity", worst, most, "int32 counts", "once share")
-    smallest = get("sensitivity", worst, most, "int16 counts, 256 bins", "once share")
+
+    def once(name: str) -> str:
+        return percent(get("sensitivity", worst, most, name, "once share"), 2)
+
     reduced, algorithm = get.statistic(worst, most, "reduced MB")
     counting = {
         kernels: [
@@ -154,7 +156,6 @@ def _findings(get: Rows) -> list[str]:
     ]
     tiny, uneven = "ET, text of the tiny GPT", "ET, uneven text (0.5 sd)"
     acts = [get("C=0.5", s.name, LOAD_GPUS, uneven, "acts") for s in SHAPES]
-    once = get.statistic(worst, most, "once share")[0]
     torch, triton = (f"{percent(min(c), 2)} to {percent(max(c), 2)}" for c in counting.values())
     return [
         "## What it says",
@@ -163,9 +164,12 @@ def _findings(get: Rows) -> list[str]:
 - **Reduction + boundary stay below {percent(TARGET)} of a step in {len(holds)} of
   {len(SHAPES) * len(GPUS)} cases** (shapes x GPUs, nothing hidden). Not for {", ".join(misses)}: there
   the batch is as small as the layout allows and the step short. The worst, {worst} on {most:,} GPUs:
-  {reduced:.0f} MB by {algorithm}, {percent(once, 2)}. int32 counts would make it {percent(int32, 2)},
-  int16 counts in 256 bins {percent(smallest, 2)}: in the end the number of small kernels at the boundary
-  counts, not bytes.
+  {reduced:.0f} MB by {algorithm}, {once("as assumed")}; with the reduction hidden
+  {once("the reduction hidden")}. int32 counts alone would make it {once("int32 counts")}, a tenth of the
+  small kernels at the boundary {once("a tenth of the kernels")}, both
+  {once("a tenth of the kernels, int32 counts")}, and with the reduction hidden
+  {once("a tenth of the kernels, int32 counts, the reduction hidden")}. A global batch 4 times as large:
+  {once("global batch 4 times as large")}.
 - **Counting costs more**, at every scale alike: {torch} of a step with `--moe-et-kernels torch`; with
   `triton` at most {triton}, which is a bound, not a measurement. Everything together below
   {percent(TARGET)} is out of reach for many small experts with torch, and hangs on the fused kernel.
@@ -296,9 +300,13 @@ group, in % (top-k: 0, its sum is fixed).
         f"{GPUS[0]} to {GPUS[-1]:,} GPUs these change by at most {_largest_change(get):.3f}):",
         "",
     ]
-    lines += markdown(
-        head, cells(lambda s, n: f"{load('step_hidden', s, n):.3f} / {load('step_exposed', s, n):.3f}")
-    )
+    steps = cells(lambda s, n: f"{load('step_hidden', s, n):.3f} / {load('step_exposed', s, n):.3f}")
+    natural = [
+        f"{get('published loads', s.name, LOAD_GPUS, tables.AS_PUBLISHED, 'step_hidden'):.3f} / "
+        f"{get('published loads', s.name, LOAD_GPUS, tables.AS_PUBLISHED, 'step_exposed'):.3f}"
+        for s in SHAPES
+    ]
+    lines += markdown(head, [*steps, [tables.AS_PUBLISHED, *natural]])
     shares = [
         f"{s.name} {percent(get('exposure', s.name, LOAD_GPUS, '', 'grouped GEMM'), 0)} / "
         f"{percent(get('exposure', s.name, LOAD_GPUS, '', 'all-to-all'), 0)}"
@@ -375,8 +383,10 @@ all there is when MoE layers are recomputed.
     lines += markdown(["", *(shape.name for shape in SHAPES)], rows)
     return lines + prose("""
 Top-k's sum over experts is fixed and only its skew varies: a rank is far off when its experts are. ET's
-sum varies too, so all ranks of a group can be above the mean at once. With a capacity C (pool
-`microbatch`) a rank never has more than 1 + C, whatever the text.
+sum varies too, so all ranks of a group can be above the mean at once. Top-k's numbers are upper bounds.
+With a capacity C (pool `microbatch`) a rank never has more than 1 + C, whatever the text. The text of the
+tiny GPT is that of sequences of 256 tokens early in a training; longer sequences of a trained model are
+likely to be less uneven.
 """)
 
 
@@ -384,8 +394,8 @@ def _capacity(get: Rows) -> list[str]:
     lines = ["## What capacity buys", ""]
     lines += prose("""
 `--moe-et-capacity-factor C`, pool `microbatch` of one sequence (shared by the tensor-parallel ranks).
-Head-room (the smaller of 1 + C and that of the kept rows without) / busiest rank / share of experts and
-micro-batches where the bound acts / rows dropped / filled in, % of all.
+Head-room of kept rows / of one layer, the smaller of 1 + C and that without; busiest rank; share of
+experts and micro-batches where the bound acts / rows dropped / filled in, % of all.
 """)
     names = [name for name in get.settings("head-room") if name.startswith("ET")]
     for name in names:
@@ -394,13 +404,17 @@ micro-batches where the bound acts / rows dropped / filled in, % of all.
             cells = []
             for shape in SHAPES:
                 key = (f"C={capacity}", shape.name, LOAD_GPUS, name)
-                room = min(1.0 + capacity, get("head-room", shape.name, LOAD_GPUS, name, "kept"))
+                rooms = " / ".join(
+                    f"{min(1.0 + capacity, get('head-room', shape.name, LOAD_GPUS, name, what)):.2f}"
+                    for what in ("kept", "one layer")
+                )
                 moved = " / ".join(f"{100 * get(*key, what):.1f}" for what in ("acts", "dropped", "filled"))
-                cells.append(f"{room:.2f} / {get(*key, 'busiest rank'):.3f} / {moved}")
+                cells.append(f"{rooms}; {get(*key, 'busiest rank'):.3f}; {moved}")
             rows.append([f"{capacity}", *cells])
         free = [
             f"{get('head-room', s.name, LOAD_GPUS, name, 'kept'):.2f} / "
-            f"{get('loads', s.name, LOAD_GPUS, name, 'grouped_gemm'):.3f} / 0 / 0 / 0"
+            f"{get('head-room', s.name, LOAD_GPUS, name, 'one layer'):.2f}; "
+            f"{get('loads', s.name, LOAD_GPUS, name, 'grouped_gemm'):.3f}; 0 / 0 / 0"
             for s in SHAPES
         ]
         rows.append(["none", *free])
@@ -488,16 +502,26 @@ def numbers_of(get: Rows, table: str, shape: str, gpus: int) -> dict[str, float]
 
 def _published_check(get: Rows) -> list[str]:
     shape = "Qwen3-235B-A22B"
-    wander = get("natural routing", shape, 256, "", "popularity")
+    busiest, own = (
+        get("natural routing", shape, 256, "", name)
+        for name in ("one busiest rank", "own of uneven sequences")
+    )
     lines = ["### Natural routing against forced balance, published", ""]
     lines += prose(f"""
 {shape}, 256 H100s, TP4 PP8 EP8 (Megatron-MoE-ModelZoo, best_practice/Qwen3): top-k with auxiliary loss,
-step time over forced balance. One number is fitted: the experts' popularity, lognormal with a relative sd
-of {wander:.2f}. The assumed efficiencies decide its size; that it is the same for all four is no
+step time over forced balance. Predicted three ways: with one busiest rank for all, {busiest:.2f}; with
+uneven sequences and equally popular experts, own = {own:.2f} fitted to the first row (a group of ranks
+has parts of two sequences there, of one below, and would be more uneven); with the text of the tiny GPT.
+The assumed efficiencies decide the size of the busiest rank; that it is the same for all four is no
 assumption.
 """)
-    columns = ("published", "implied busiest rank", "busiest rank", "predicted")
-    columns = (*columns, "predicted, tiny GPT's text")
+    columns = (
+        "published",
+        "implied busiest rank",
+        "one busiest rank",
+        "uneven sequences",
+        "text of the tiny GPT",
+    )
     rows = [
         [
             f"{point.sequence:,}",

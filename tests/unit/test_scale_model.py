@@ -297,9 +297,17 @@ def test_thresholds_error_is_their_lag_when_there_is_no_noise() -> None:
 def test_published_slowdowns_imply_one_busiest_rank(hardware: Hardware) -> None:
     implied = [point.implied(hardware) for point in published.POINTS]
     assert max(implied) / min(implied) < 1.03
-    busiest, slowdown = published.POINTS[0].predicted(hardware, Text(), 20)
-    assert 1.0 < busiest < 1.05
-    assert 1.0 < slowdown < 1.02
+    for point in published.POINTS:
+        assert point.predicted(hardware, published.implied(hardware)) == pytest.approx(
+            point.slowdown, rel=0.01
+        )
+        assert point.predicted(hardware, 1.0) == 1.0
+    assert 1.0 < published.POINTS[0].simulated(Text(), 20) < 1.05
+    # Uneven sequences alone would be worse where a group of ranks has one instead of two.
+    uneven = published.uneven_sequences(hardware, 50)
+    two, one = (point.simulated(uneven, 50) for point in published.POINTS[:2])
+    assert two == pytest.approx(implied[0], abs=0.02)
+    assert one > 1.1 * implied[1]
 
 
 def test_even_loads_cost_nothing(hardware: Hardware) -> None:

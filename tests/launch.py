@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -48,23 +49,14 @@ def torchrun(
 
     The exit status is the caller's to check: `assert run.returncode == 0, run.stdout[-TAIL:]`.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
-    command += [
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        str(free_port()),
-        *map(str, script_or_module_args),
-    ]
-    cpu_env = {
-        "OMP_NUM_THREADS": "1",
-        "MEGATRON_ET_CPU": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        # Unbuffered, print() writes a line and its end one after the other, with room for another process's.
-        "PYTHONUNBUFFERED": "",
-    }
-    # A file, not a pipe: a forgotten grandchild that holds a pipe open would keep us waiting for ever.
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    cpu_env = {"OMP_NUM_THREADS": "1", "MEGATRON_ET_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Files, not pipes: a forgotten grandchild that holds a pipe open would keep us waiting for ever. One for
+    # each rank: torchrun starts its workers unbuffered, so print() writes a line and its end one after the
+    # other, with room between them for another rank.
+    with tempfile.TemporaryDirectory() as logs, tempfile.TemporaryFile("w+", errors="replace") as output:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        command += ["--redirects", "3", "--log-dir", logs, *map(str, script_or_module_args)]
         process = subprocess.Popen(
             command,
             env={**os.environ, **cpu_env, **(env or {})},
@@ -80,9 +72,14 @@ def torchrun(
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise  # Ctrl-C, pytest-timeout
-            output.seek(0)
             pytest.fail(
-                f"{' '.join(command)} ran past {timeout} s; its output ends:\n{output.read()[-TAIL:]}"
+                f"{' '.join(command)} ran past {timeout} s; its output ends:\n{_said(output, logs)[-TAIL:]}"
             )
-        output.seek(0)
-        return subprocess.CompletedProcess(command, process.returncode, output.read())
+        return subprocess.CompletedProcess(command, process.returncode, _said(output, logs))
+
+
+def _said(launcher: TextIO, logs: str) -> str:
+    """torchrun's own output, then that of its ranks, one after the other."""
+    launcher.seek(0)
+    files = sorted(Path(logs).rglob("*.log"), key=lambda file: (file.parent, file.name))
+    return "\n".join([launcher.read(), *(file.read_text(errors="replace") for file in files)])

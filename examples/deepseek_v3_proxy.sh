@@ -14,6 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common/start.sh"
 
 : "${NUM_LAYERS:=4}" "${DENSE_LAYERS:=1}" "${HIDDEN_SIZE:=7168}" "${FFN_HIDDEN_SIZE:=18432}" "${NUM_ATTENTION_HEADS:=128}"
 : "${Q_LORA_RANK:=1536}" "${KV_LORA_RANK:=512}" "${QK_HEAD_DIM:=128}" "${QK_POS_EMB_HEAD_DIM:=64}" "${V_HEAD_DIM:=128}"
+: "${MLA:=1}" # the CPU toy has plain attention: without Transformer Engine Megatron's has no MLA
 : "${SEQ_LENGTH:=4096}" "${VOCAB_SIZE:=129280}" "${MTP_LAYERS:=1}"
 : "${NUM_EXPERTS:=64}" "${TOPK:=8}" "${MOE_FFN_HIDDEN_SIZE:=2048}" "${SHARED_EXPERT_SIZE:=2048}"
 : "${MICRO_BATCH_SIZE:=1}" "${GLOBAL_BATCH_SIZE:=512}"
@@ -27,14 +28,18 @@ optimizer_args
 
 MODEL_ARGS=(
   --num-layers "$NUM_LAYERS" --hidden-size "$HIDDEN_SIZE" --ffn-hidden-size "$FFN_HIDDEN_SIZE"
-  --num-attention-heads "$NUM_ATTENTION_HEADS" --multi-latent-attention --q-lora-rank "$Q_LORA_RANK"
-  --kv-lora-rank "$KV_LORA_RANK" --qk-head-dim "$QK_HEAD_DIM" --qk-pos-emb-head-dim "$QK_POS_EMB_HEAD_DIM"
-  --v-head-dim "$V_HEAD_DIM" --qk-layernorm
-  --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH" --position-embedding-type rope --rope-type rope
-  --no-rope-fusion # Megatron's MLA has the fused kernel for YaRN only
+  --num-attention-heads "$NUM_ATTENTION_HEADS" --qk-layernorm
+  --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH" --position-embedding-type rope
   --swiglu --normalization RMSNorm --norm-epsilon 1e-6 --init-method-std 0.006
   --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
 )
+if ((MLA)); then
+  MODEL_ARGS+=(
+    --multi-latent-attention --q-lora-rank "$Q_LORA_RANK" --kv-lora-rank "$KV_LORA_RANK"
+    --qk-head-dim "$QK_HEAD_DIM" --qk-pos-emb-head-dim "$QK_POS_EMB_HEAD_DIM" --v-head-dim "$V_HEAD_DIM"
+    --rope-type rope --no-rope-fusion # pretrained without YaRN, and Megatron's MLA has the fused kernel for YaRN only
+  )
+fi
 ((MTP_LAYERS == 0)) || MODEL_ARGS+=(--mtp-num-layers "$MTP_LAYERS" --mtp-loss-scaling-factor 0.3)
 MOE_ARGS=(
   --num-experts "$NUM_EXPERTS" --moe-router-topk "$TOPK" --moe-router-dtype fp32

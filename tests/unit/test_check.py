@@ -323,8 +323,14 @@ def test_without_the_flag_it_is_checked_as_if(judge: Judge) -> None:
     found = judge(f"{GPT} --moe-router-fusion")
     assert any("no --moe-router-type: checked as if" in text for text in texts(found, NOTE))
     assert len(texts(found, REFUSED)) == 1
-    # Who asks for top-k is left alone.
-    assert texts(judge(f"{GPT} --moe-router-fusion --moe-router-type topk"), REFUSED) == []
+
+
+def test_top_k_is_judged_by_megatron_alone(judge: Judge) -> None:
+    topk = f"{GPT} --moe-router-fusion --moe-router-type topk"
+    found = judge(topk)
+    assert texts(found, REFUSED) == []
+    assert "none refused by Megatron's own checks" in texts(found, OK)
+    assert len(texts(judge(f"{topk} --hidden-size 66"), REFUSED)) == 1
 
 
 @pytest.mark.parametrize(

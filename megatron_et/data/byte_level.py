@@ -1,46 +1,59 @@
 """Where the text of a byte-level BPE tokenizer of Hugging Face can be cut, for words.py.
 
 Such a tokenizer first splits a text by a regular expression and then merges within each part: a cut between
-two parts changes nothing. In every expression known here a blank before a letter begins a part of its own:
+two parts changes nothing. The expressions known here never look back, and look ahead only for whether white
+space goes on (`\\s+(?!\\S)`). None of them has a rule by which
 
-- the letters take one character before them along, and no other rule that may hold a blank can get it: runs
-  of white space leave their last character to what follows (`\\s+(?!\\S)`), or end with a line break;
-- nothing looks back, and what looks ahead asks only whether white space follows, which is so before the cut
-  and at the end of a text alike.
+- letters or digits are followed by something else in the same part (an apostrophe may be followed by
+  letters), so there is a cut behind a run of ASCII letters and digits before any other ASCII character but an
+  apostrophe;
+- a blank goes with the white space before it when a letter comes next (the letter takes it), so there is a
+  cut before a blank and an ASCII letter; white space before it is split as at the end of a text.
 
-So a text may be cut before any blank that an ASCII letter follows. Left to the tokenizer itself are other
-expressions, normalisers other than NFC (which leaves a blank alone and never joins it with what stands
-before), tokenizers that merge by chance (dropout), and added tokens that take blanks around them.
+Left to the tokenizer itself are texts that hold an added token, other expressions, normalisers other than NFC
+(which changes no ASCII character before another one, and joins none with what stands before it), and
+tokenizers that merge by chance (dropout).
 """
 
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
 _KNOWN = {_LLAMA_3, _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")}  # the second is Qwen 2's and 3's
-_CUT = re.compile(" [A-Za-z]")
-_WORD = re.compile(" ?[^ ]*(?: (?![A-Za-z])[^ ]*)*")
+# What a cut may be before, behind letters and digits: ASCII but letters, digits, apostrophe.
+_AFTER = r"\x00-&(-/:-@\[-`{-\x7f"
+_SIGNS = "[^A-Za-z0-9 ]*(?: (?![A-Za-z])[^A-Za-z0-9 ]*)*"
+_WORD = re.compile(
+    f" ?[A-Za-z]+(?![^{_AFTER}])"  # the usual word, for speed: the next line would find it too
+    f"| ?{_SIGNS}(?:[A-Za-z0-9]+(?=[^{_AFTER}A-Za-z0-9]){_SIGNS})*(?:[A-Za-z0-9]+)?"
+)
 
 
-def words_of(tokenizer: str) -> re.Pattern[str] | None:
-    """What finds the words of a tokenizer.json's texts; None if it is not known where to cut them."""
+class Words(NamedTuple):
+    """How a tokenizer's texts are cut."""
+
+    word: re.Pattern[str]
+    added: re.Pattern[str] | None
+    """What a text that is not cut holds."""
+
+
+def words_of(tokenizer: str) -> Words | None:
+    """How to cut the texts of a tokenizer.json; None if that is not known."""
     settings: dict[str, Any] = json.loads(tokenizer)
-    model = settings["model"]
+    model, normalizer, added = (settings[name] for name in ("model", "normalizer", "added_tokens"))
     mergers = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model.get("type") != "BPE" or any(model.get(name) for name in mergers):
         return None
-    if settings["normalizer"] not in (None, {"type": "NFC"}) or not _splits_as_known(
-        settings["pre_tokenizer"]
-    ):
+    if normalizer not in (None, {"type": "NFC"}) or not _splits_as_known(settings["pre_tokenizer"]):
         return None
-    for token in settings["added_tokens"]:
-        if token["lstrip"] or token["rstrip"] or token["single_word"] or _CUT.search(token["content"]):
-            return None
-    return _WORD
+    if normalizer is not None and any(token["normalized"] for token in added):
+        return None  # it is looked for in the text as it is
+    contents = [re.escape(token["content"]) for token in added]
+    return Words(_WORD, re.compile("|".join(contents)) if contents else None)
 
 
 def _splits_as_known(pre_tokenizer: dict[str, Any] | None) -> bool:

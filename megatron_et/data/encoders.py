@@ -231,16 +231,22 @@ class HuggingFaceEncoder:
 
         self.words: WordCache | None = None
         self._around = self._added_around()
-        word = words_of(model)
-        if word is not None and self._around is not None:
-            self.words = WordCache(lambda text: self._ids([text], special_tokens=False)[0], word)
+        words = words_of(model)
+        self._added = None if words is None else words.added
+        if words is not None and self._around is not None:
+            self.words = WordCache(lambda text: self._ids([text], special_tokens=False)[0], words.word)
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """See Encoder."""
         if self.words is None or self._around is None:
             return self._ids(texts, special_tokens=self._special_tokens)
         before, after = self._around
-        return [before + self.words.encode(text) + after for text in texts]
+        return [
+            self._ids([text], special_tokens=self._special_tokens)[0]
+            if self._added is not None and self._added.search(text)
+            else before + self.words.encode(text) + after
+            for text in texts
+        ]
 
     def _ids(self, texts: Sequence[str], *, special_tokens: bool) -> list[bytes]:
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special_tokens)

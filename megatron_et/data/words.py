@@ -26,6 +26,7 @@ _LETTERS = ("A-Za-z\u00c0-\u1fff", "A-Za-z")
 
 _MAX_WORDS = 1 << 18  # with their ids about 35 MB
 _MAX_CHARS = 48  # longer ones hardly repeat
+_SLICE_CHARS = 1 << 20
 _CHECK_CHARS = 1000
 _CHECK_EVERY = 1 << 20
 
@@ -50,7 +51,23 @@ class WordCache(dict[str, bytes]):
         return ids
 
     def _by_words(self, text: str) -> bytes:
-        return b"".join(map(self.__getitem__, self._words(text)))
+        parts: list[bytes] = []
+        start, length = 0, _SLICE_CHARS
+        while start < len(text):
+            # A list of all words of a very long text would take many times its memory.
+            words = self._words(text, start, start + length)
+            if start + length < len(text):
+                # The last word may go on after the slice; a match of nothing may follow it.
+                while words and not words[-1]:
+                    words.pop()
+                rest = len(words.pop())
+                if rest == length:
+                    length *= 2
+                    continue
+                start -= rest
+            parts.append(b"".join(map(self.__getitem__, words)))
+            start, length = start + length, _SLICE_CHARS
+        return b"".join(parts)
 
     def encode(self, text: str) -> bytes:
         """The ids of a text, in bytes.

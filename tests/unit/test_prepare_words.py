@@ -84,7 +84,9 @@ def test_ids_are_those_of_the_whole_text(model: bytes, texts: list[str]) -> None
         assert cache.encode(text) == whole(model, text)
 
 
-def test_ids_of_long_texts(model: bytes) -> None:
+@pytest.mark.parametrize("slice_chars", [1, 7, 100, 5_000, 1 << 20])
+def test_ids_of_long_texts(model: bytes, monkeypatch: pytest.MonkeyPatch, slice_chars: int) -> None:
+    monkeypatch.setattr(module, "_SLICE_CHARS", slice_chars)
     cache = word_cache(model, "H")
     assert cache is not None
     text = "\n".join(CORPUS) + "ab" * 5_000 + " " * 5_000
@@ -209,6 +211,18 @@ def test_hugging_face_ids_are_those_of_the_whole_text(
         assert [list(array("H", ids)) for ids in encoder.encode(texts)] == expected
 
 
+@pytest.mark.parametrize("slice_chars", [1, 7, 100, 5_000])
+def test_hugging_face_ids_of_long_texts(
+    tokenizer: str, monkeypatch: pytest.MonkeyPatch, slice_chars: int
+) -> None:
+    monkeypatch.setattr(module, "_SLICE_CHARS", slice_chars)
+    encoder = HuggingFaceEncoder(tokenizer, None, True)
+    text = "\n".join(CORPUS) + "ab" * 2_000 + " " * 2_000
+    by_words = encoder.encode([text])
+    encoder.words = None
+    assert by_words == encoder.encode([text])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -231,13 +245,30 @@ def test_hugging_face_words_are_not_used_for(tmp_path: Path, changes: dict[str, 
     assert words_of(byte_level(tmp_path, **changes)) is None
 
 
-@pytest.mark.parametrize(
-    "change", [{"rstrip": True}, {"lstrip": True}, {"single_word": True}, {"content": "x y"}]
-)
-def test_hugging_face_words_are_not_used_for_added_tokens_that_hold_blanks(
-    tmp_path: Path, change: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("change", [{"rstrip": True}, {"lstrip": True}, {"single_word": True}], ids=str)
+def test_hugging_face_texts_with_added_tokens_are_not_cut(tmp_path: Path, change: dict[str, Any]) -> None:
     settings = json.loads(byte_level(tmp_path))
-    assert words_of(json.dumps(settings)) is not None
     settings["added_tokens"][1] |= change
+    encoder = HuggingFaceEncoder(json.dumps(settings), None, True)
+    assert encoder.words is not None
+    texts = ["one <|eos|> two", "x<|eos|>y <|bos|>", "none"]
+    by_words = encoder.encode(texts)
+    assert set(encoder.words) == {"none", ""}
+    encoder.words = None
+    assert by_words == encoder.encode(texts)
+
+
+def test_hugging_face_added_tokens_of_the_normalised_text_are_left_to_the_tokenizer(tmp_path: Path) -> None:
+    settings = json.loads(byte_level(tmp_path, normalizer={"type": "NFC"}))
+    assert words_of(json.dumps(settings)) is not None
+    settings["added_tokens"][1]["normalized"] = True
     assert words_of(json.dumps(settings)) is None
+
+
+def test_hugging_face_words(tmp_path: Path) -> None:
+    words = words_of(byte_level(tmp_path))
+    assert words is not None
+    found = words.word.findall("it's foo(bar1, 22)\n    return x1  été's abc'")
+    assert [word for word in found if word] == [
+        "it's", " foo", "(bar1", ", 22", ")\n   ", " return", " x1", "  été's", " abc'"
+    ]  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_et.data.byte_level import words_of
 from megatron_et.data.reading import PrepareError
 from megatron_et.data.words import WordCache, word_cache
 
@@ -228,7 +229,38 @@ class HuggingFaceEncoder:
                 "the ids of so small a vocabulary in 16 bits, which cannot hold them"
             )
 
+        self.words: WordCache | None = None
+        self._around = self._added_around()
+        words = words_of(model)
+        self._added = None if words is None else words.added
+        if words is not None and self._around is not None:
+            self.words = WordCache(lambda text: self._ids([text], special_tokens=False)[0], words.word)
+
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         """See Encoder."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=self._special_tokens)
+        if self.words is None or self._around is None:
+            return self._ids(texts, special_tokens=self._special_tokens)
+        before, after = self._around
+        return [
+            self._ids([text], special_tokens=self._special_tokens)[0]
+            if self._added is not None and self._added.search(text)
+            else before + self.words.encode(text) + after
+            for text in texts
+        ]
+
+    def _ids(self, texts: Sequence[str], *, special_tokens: bool) -> list[bytes]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
         return [array(self._typecode, document.ids).tobytes() for document in encoded]
+
+    def _added_around(self) -> tuple[bytes, bytes] | None:
+        """The special tokens before and after a document; None if they are not the same for all."""
+        if not self._special_tokens:
+            return b"", b""
+        texts = ["a", "b c"]
+        (first, second), (first_bare, second_bare) = (
+            self._ids(texts, special_tokens=special) for special in (True, False)
+        )
+        before, bare, after = first.partition(first_bare)
+        if bare and second == before + second_bare + after:
+            return before, after
+        return None

@@ -1,19 +1,22 @@
-"""SentencePiece BPE word by word: the processor's ids, several times faster on text that repeats its words.
+"""BPE word by word: the tokenizer's ids, several times faster on text that repeats its words.
+
+Where a text can be cut so that its ids are those of its parts end to end, a part seen before need not be
+encoded again. Whether the ids are right is also looked at in passing, see `WordCache.encode`. Where to cut a
+SentencePiece text says this file, byte_level.py does so for Hugging Face tokenizers.
 
 Why it is exact: BPE merges two neighbours only into a piece of the vocabulary, best score first, and a merge
 looks at nothing but its two neighbours. Where no piece of the vocabulary holds two characters a, b side by
-side, no merge can ever reach across an "ab" in the text. Cut there, a text's ids are those of its parts end
-to end; and a part seen before need not be encoded again. `word_cache` searches the vocabulary for a rule of
+side, no merge can ever reach across an "ab" in the text. `word_cache` searches the vocabulary for a rule of
 where to cut that no piece contradicts.
 
 It is not used where more than merges decides: unigram models (whose sums of scores are rounded along the
 whole text), normalisation, vocabularies without byte fallback (where unknown characters in a row become one
-id). Whether the ids are right is also looked at in passing, see `encode`.
+id).
 """
 
 import re
 from array import array
-from typing import Any
+from collections.abc import Callable
 
 from megatron_et.data.reading import PrepareError
 
@@ -23,6 +26,7 @@ _LETTERS = ("A-Za-z\u00c0-\u1fff", "A-Za-z")
 
 _MAX_WORDS = 1 << 18  # with their ids about 35 MB
 _MAX_CHARS = 48  # longer ones hardly repeat
+_SLICE_CHARS = 1 << 20
 _CHECK_CHARS = 1000
 _CHECK_EVERY = 1 << 20
 
@@ -30,12 +34,12 @@ _CHECK_EVERY = 1 << 20
 class WordCache(dict[str, bytes]):
     """Word -> its ids as bytes, and the texts made of them."""
 
-    def __init__(self, processor: Any, word: re.Pattern[str], prefix: str, typecode: str) -> None:
+    def __init__(self, whole: Callable[[str], bytes], word: re.Pattern[str], prefix: str = "") -> None:
+        """`whole` gives the ids of any text, `word` finds its words; `prefix` goes before every text."""
         super().__init__()
-        self._encode_as_ids = processor.encode_as_ids
+        self._whole = whole
         self._words = word.findall
         self._prefix = prefix
-        self._typecode = typecode
         self._chars_until_check = 0
 
     def __missing__(self, word: str) -> bytes:
@@ -46,17 +50,30 @@ class WordCache(dict[str, bytes]):
             self[word] = ids
         return ids
 
-    def _whole(self, text: str) -> bytes:
-        return array(self._typecode, self._encode_as_ids(text)).tobytes()
-
     def _by_words(self, text: str) -> bytes:
-        return b"".join(map(self.__getitem__, self._words(text)))
+        parts: list[bytes] = []
+        start, length = 0, _SLICE_CHARS
+        while start < len(text):
+            # A list of all words of a very long text would take many times its memory.
+            words = self._words(text, start, start + length)
+            if start + length < len(text):
+                # The last word may go on after the slice; a match of nothing may follow it.
+                while words and not words[-1]:
+                    words.pop()
+                rest = len(words.pop())
+                if rest == length:
+                    length *= 2
+                    continue
+                start -= rest
+            parts.append(b"".join(map(self.__getitem__, words)))
+            start, length = start + length, _SLICE_CHARS
+        return b"".join(parts)
 
     def encode(self, text: str) -> bytes:
         """The ids of a text, in bytes.
 
-        The beginning of about one text in a million characters is encoded by SentencePiece as well; raises
-        PrepareError if that gives other ids, which no vocabulary is known to do.
+        The beginning of about one text in a million characters is encoded as a whole as well; raises
+        PrepareError if that gives other ids, which no tokenizer is known to do.
         """
         text = self._prefix + text
         self._chars_until_check -= len(text)
@@ -65,8 +82,8 @@ class WordCache(dict[str, bytes]):
             beginning = text[:_CHECK_CHARS]
             if self._by_words(beginning) != self._whole(beginning):
                 raise PrepareError(
-                    f"the ids of {beginning[:60]!r}... by words differ from SentencePiece's: please report "
-                    "this tokenizer; megatron_et.data.words is wrong about it"
+                    f"the ids of {beginning[:60]!r}... by words differ from those of the whole: please "
+                    "report this tokenizer; megatron_et.data.words is wrong about it"
                 )
         return self._by_words(text)
 
@@ -100,7 +117,11 @@ def word_cache(model: bytes, typecode: str) -> WordCache | None:
     prefix = " " if normalizer.add_dummy_prefix else ""
     normalizer.add_dummy_prefix = False
     processor = SentencePieceProcessor(model_proto=proto.SerializeToString())
-    return WordCache(processor, word, prefix, typecode)
+
+    def whole(text: str) -> bytes:
+        return array(typecode, processor.encode_as_ids(text)).tobytes()
+
+    return WordCache(whole, word, prefix)
 
 
 def _rule(vocabulary: list[str]) -> re.Pattern[str] | None:

@@ -15,7 +15,7 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get update
 apt-get install --yes --no-install-recommends --allow-change-held-packages rdma-core libibverbs-dev
 rm -rf /var/lib/apt/lists/*
-libraries=/usr/lib/$(dpkg-architecture --query DEB_HOST_MULTIARCH)
+libraries=/usr/lib/$(uname -m)-linux-gnu
 [ -e "$libraries/libmlx5.so" ] || ln -s libmlx5.so.1 "$libraries/libmlx5.so"
 mkdir -p "$RDMA_CORE_HOME"
 ln -sfn /usr/include "$RDMA_CORE_HOME/include"

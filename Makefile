@@ -6,7 +6,7 @@ STAMP := $(VENV)/.complete
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup quickstart test test-unit test-distributed test-versions lint format docs gpu-check check-patches check-stock-scripts \
-  upstream-tests benchmarks lock clean
+  upstream-tests benchmarks examples-dry-run slurm-test lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -60,6 +60,12 @@ upstream-tests:  ## Megatron's own MoE unit tests against our router: MEGATRON=/
 
 benchmarks:  ## every level of the benchmark suite, on this machine's GPU or with the CPU backend (benchmarks/README.md)
 	@$(if $(shell command -v nvidia-smi),,MEGATRON_ET_CPU=1) $(if $(wildcard $(PY)),$(PY),python3) -m benchmarks run all $(BENCHMARK_ARGS)
+
+examples-dry-run: setup  ## every model example with every router and precision, judged by Megatron's own checks
+	@$(PY) -W ignore examples/dry_run.py $(EXAMPLES)
+
+slurm-test: setup  ## a real SLURM of two nodes on this machine: train, preempt, requeue, resume, compare bitwise
+	@$(PY) -m tests.slurm.preempt_and_resume $(SLURM_ARGS)
 
 docs: setup  ## write docs/flags.md and the README's picture again
 	$(PY) docs/flags.py

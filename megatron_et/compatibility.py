@@ -54,6 +54,11 @@ class Refusal:
     why: str
     instead: str
 
+    def sentence(self) -> str:
+        """What the user is told."""
+        what = f"{self.flag} cannot be combined with Expert Threshold routing"
+        return f"{what}: {self.why}. Remedy: {self.instead}."
+
 
 def _get(name: str, default: Any = None) -> Callable[[Any], Any]:
     return lambda settings: getattr(settings, name, default)
@@ -87,7 +92,8 @@ def _capacity_above_tokens(settings: Any) -> bool:
     return factor * settings.moe_router_topk > num_experts
 
 
-def _pads_map(settings: Any) -> bool:
+def pads_map(settings: Any) -> bool:
+    """Whether Megatron pads the routing map, by either spelling of the flag."""
     return getattr(settings, "moe_router_padding_for_quantization", False) or getattr(
         settings, "moe_router_padding_for_fp8", False
     )
@@ -147,13 +153,13 @@ REFUSALS = (
     ),
     Refusal(
         "--moe-router-padding-for-quantization with --moe-pad-expert-input-to-capacity",
-        lambda s: _pads_map(s) and getattr(s, "moe_pad_expert_input_to_capacity", False),
+        lambda s: pads_map(s) and getattr(s, "moe_pad_expert_input_to_capacity", False),
         "the dispatcher sends `capacity` tokens of each expert, and padding would displace real ones",
         "leave --moe-router-padding-for-quantization out: the experts pad their own input",
     ),
     Refusal(
         "--moe-router-padding-for-quantization with DeepEP",
-        lambda s: _pads_map(s) and uses_deepep(s),
+        lambda s: pads_map(s) and uses_deepep(s),
         "where a rank receives too few tokens to pad the map, Megatron's DeepEP path leaves the padding to "
         "the experts, and they leave it to the map",
         "leave it out: the experts pad their own input",
@@ -236,6 +242,20 @@ REFUSALS = (
         "leave one of them out",
     ),
     Refusal(
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        _get("overlap_dispatch_backward_with_experts_wgrad"),
+        "it delays the experts' weight gradients past the dispatcher's backward pass, which has not been "
+        "checked with experts that have no tokens",
+        "leave it out",
+    ),
+    Refusal(
+        "--use-transformer-engine-op-fuser",
+        _get("use_transformer_engine_op_fuser"),
+        "the experts then run through Transformer Engine's fused operations, which have not been run with "
+        "loads that vary or with experts that have no tokens",
+        "leave it out",
+    ),
+    Refusal(
         "--batch-invariant-mode",
         # Older versions have the mode, but not for MoE layers; what they lack tells them apart.
         lambda s: getattr(s, "batch_invariant_mode", False) and hasattr(s, "batch_invariant_backend"),
@@ -276,13 +296,18 @@ REFUSALS = (
 )
 
 
+POOL_IN_GRAPH = Refusal(
+    "--moe-et-pool global with a CUDA graph of moe_router",
+    cuda_graphs.captures_router,
+    "its all-reduces have not been checked inside a graph",
+    "use --moe-et-pool microbatch, or leave moe_router out",
+)
+"""For the pool that only our own settings name."""
+
+
 def violations(settings: Any) -> list[str]:
     """Sentences, one for each setting that ET refuses; empty when all is well."""
-    found = [
-        f"{rule.flag} cannot be combined with Expert Threshold routing: {rule.why}. Remedy: {rule.instead}."
-        for rule in REFUSALS
-        if rule.broken(settings)
-    ]
+    found = [rule.sentence() for rule in REFUSALS if rule.broken(settings)]
     num_experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
     topk = getattr(settings, "moe_router_topk", None)
     if num_experts is None:
@@ -355,16 +380,16 @@ def check(settings: Any, et: ExpertThresholdConfig, explicit: Collection[str] = 
             f"--moe-router-topk is {topk}: no token may get more than {bound.most} experts, as {bound.why}. "
             "Remedy: --moe-flex-dispatcher-backend hybridep."
         )
-    if et.pool == "global" and cuda_graphs.captures_router(settings):
-        problems.append(
-            "--moe-et-pool global cannot be combined with a CUDA graph of moe_router: its all-reduces have "
-            "not been checked inside a graph. Remedy: use --moe-et-pool microbatch, or leave moe_router out."
-        )
+    if et.pool == "global" and POOL_IN_GRAPH.broken(settings):
+        problems.append(POOL_IN_GRAPH.sentence())
     if problems:
         raise ConfigError("\n".join(problems))
     for need in left_alone:
         setattr(settings, need.name, need.value)
     changed = [f"{need.name}={need.value}" for need in left_alone]
     if bound is not None and et.max_fanout is None:
-        changed.append(f"moe_et_max_fanout={bound.most} ({bound.why})")
+        # A token's number of experts varies around the target: a bound this near cuts many tokens short.
+        near = topk is not None and bound.most < 2 * topk
+        bites = f"; less than twice --moe-router-topk {topk}: watch moe/fanout_max" if near else ""
+        changed.append(f"moe_et_max_fanout={bound.most} ({bound.why}{bites})")
     return changed

@@ -1,5 +1,6 @@
 """Starting a training process: CPU backend if asked for, then our seams, then the script."""
 
+import importlib.util
 import sys
 
 from megatron_et import cpu
@@ -22,6 +23,7 @@ def prepare_process() -> None:
     global _prepared
     if _prepared:
         return
+    _require_megatron()
     try:
         on_cpu = cpu.requested()
     except ValueError as error:
@@ -37,6 +39,19 @@ def prepare_process() -> None:
 
     install()
     _prepared = True
+
+
+def _require_megatron() -> None:
+    try:
+        found = importlib.util.find_spec("megatron.core") is not None
+    except ModuleNotFoundError:  # no `megatron` either
+        found = False
+    if not found:
+        sys.exit(
+            f"megatron_et: megatron.core is not installed for {sys.executable} and not beside the script. "
+            "pip install megatron-core, or run the script of a Megatron-LM checkout (or put its folder on "
+            "PYTHONPATH)."
+        )
 
 
 def _require_gpu() -> None:

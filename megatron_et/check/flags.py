@@ -6,6 +6,8 @@ The seams must not be bound yet: these are Megatron's own functions.
 
 import argparse
 import contextlib
+import difflib
+import importlib
 import math
 import os
 import sys
@@ -18,9 +20,10 @@ from typing import Any, NoReturn, get_args
 import torch
 
 from megatron_et import compatibility
-from megatron_et.check import layers, sizes
+from megatron_et.check import layers, packages, sizes
 from megatron_et.check.findings import NOTE, OK, PLAIN, REFUSED, Finding, Section, last_line
 from megatron_et.config import ConfigError, ExpertThresholdConfig, Quantile
+from megatron_et.fanout import DEEPEP_SLOTS, uses_deepep
 from megatron_et.host import arguments
 
 # As pretrain_gpt.py gives them.
@@ -47,11 +50,17 @@ def _in_general() -> Section:
         Finding(NOTE, "", "no flags given: these are refused, whatever the rest. Give your command's flags")
     ]
     found += [
-        Finding(PLAIN, rule.flag, f"{rule.why}. Instead: {rule.instead}.") for rule in compatibility.REFUSALS
+        Finding(PLAIN, rule.flag, f"{rule.why}. Instead: {rule.instead}.")
+        for rule in (*compatibility.REFUSALS, compatibility.POOL_IN_GRAPH, arguments.YAML)
     ]
     for need in compatibility.NEEDED:
         flag = "--" + need.name.replace("_", "-")
         found.append(Finding(PLAIN, flag, f"other than {need.value}: {need.why}. Left out, it is set."))
+    text = (
+        f"with DeepEP at most {DEEPEP_SLOTS}, divided by expert tensor parallelism: DeepEP has "
+        f"{DEEPEP_SLOTS} slots a token. Left out, it is set where there are more experts."
+    )
+    found.append(Finding(PLAIN, "--moe-et-max-fanout", text))
     return Section("flags", found)
 
 
@@ -74,17 +83,18 @@ def _parse(words: list[str], script: str | None, found: list[Finding]) -> argpar
         )
         found.append(Finding(NOTE, "", text))
         words = [*words, *ASKED_FOR]
-    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser: argparse.ArgumentParser = _Parser(allow_abbrev=False, add_help=False)
     try:
         arguments.refuse_yaml(words)
-        _, unknown = arguments.add_arguments(add_megatron_arguments(parser)).parse_known_args(words)
+        parser = arguments.add_arguments(add_megatron_arguments(parser))
+        _, unknown = parser.parse_known_args(words)
     except ConfigError as error:
         found.append(Finding(REFUSED, "", str(error)))
         return None
     except Exception as error:  # a type function of the parser that does not answer with argparse's errors
         found.append(Finding(REFUSED, "", f"Megatron's parser: {last_line(error)}"))
         return None
-    _name_unknown(unknown, script, found)
+    found += _name_unknown(unknown, sorted(parser._option_string_actions), script)
     # Megatron's parse_args adds what is not from the command line; it reads both from the process.
     sys.argv = [script or "pretrain_gpt.py", *words]
     os.environ["RANK"], given = "0", os.environ.get("WORLD_SIZE")
@@ -107,19 +117,31 @@ def _parse(words: list[str], script: str | None, found: list[Finding]) -> argpar
     return args
 
 
-def _name_unknown(unknown: Sequence[str], script: str | None, found: list[Finding]) -> None:
-    flags = [word for word in unknown if word.startswith("-")]
-    if not unknown:
-        return
-    if flags and script is not None:
-        text = (
-            f"{' '.join(flags)}: no flag of this Megatron. Right only if {Path(script).name} adds it itself"
-        )
+# A script's own flags do not begin so; and one as near as this to a flag of Megatron is that flag, misspelt
+# (--num-expertz: 0.91). Far above difflib's default, or a script's --data-root would be --data-path.
+ROUTING_FLAGS = ("--moe-et-", "--moe-router-")
+MISSPELT = 0.9
+
+
+def _name_unknown(unknown: Sequence[str], known: Sequence[str], script: str | None) -> list[Finding]:
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if not flags:
+        return [Finding(REFUSED, "", f"{' '.join(unknown)}: belongs to no flag")] if unknown else []
+    found, others = [], []
+    for flag in flags:
+        near = difflib.get_close_matches(flag.lstrip("-"), [name.lstrip("-") for name in known], 1, MISSPELT)
+        if near or flag.startswith(ROUTING_FLAGS):
+            hint = f": did you mean --{near[0]}?" if near else ""
+            found.append(Finding(REFUSED, "", f"{flag}: no flag of this Megatron or this package{hint}"))
+        else:
+            others.append(flag)
+    if others and script is None:
+        found.append(Finding(REFUSED, "", f"{' '.join(others)}: no flag of this Megatron"))
+    elif others:
+        name = Path(str(script)).name
+        text = f"{' '.join(others)}: no flag of this Megatron. Right only if {name} adds it itself"
         found.append(Finding(NOTE, "", text))
-    elif flags:
-        found.append(Finding(REFUSED, "", f"{' '.join(flags)}: no flag of this Megatron"))
-    else:
-        found.append(Finding(REFUSED, "", f"{' '.join(unknown)}: belongs to no flag"))
+    return found
 
 
 def _fewest_processes(args: argparse.Namespace) -> int:
@@ -139,9 +161,9 @@ def _check(
     if getattr(args, "use_checkpoint_args", False):
         text = "--use-checkpoint-args: what comes from the checkpoint is not looked at here"
         found.append(Finding(NOTE, "", text))
-    before = {need.name: getattr(args, need.name, None) for need in compatibility.NEEDED}
+    found += _expert_parallel_package(args)
     try:
-        et = arguments.prepare(args, explicit)
+        et, changed = arguments.settle(args, explicit)
     except ConfigError as error:
         found += [Finding(REFUSED, "", sentence) for sentence in str(error).splitlines()]
         found.append(Finding(PLAIN, "", "Megatron's own checks were left out: mend the above first"))
@@ -151,19 +173,41 @@ def _check(
         _megatrons_own(args, found)
         return et, None
     found.append(Finding(OK, "", f"none refused by this package ({_rule(args, et)})"))
-    changed = [f"{name}={getattr(args, name)}" for name in before if getattr(args, name) != before[name]]
     if changed:
         found.append(Finding(OK, "", f"set at start-up: {', '.join(changed)}"))
     config = _megatrons_own(args, found)
     if config is None:
         return et, None
-    try:
-        arguments.check_pool(args, et)
-    except ConfigError as error:
-        found.append(Finding(REFUSED, "", str(error)))
+    for check in (lambda: arguments.check_pool(args, et), lambda: arguments.check_padding(args)):
+        try:
+            check()
+        except ConfigError as error:
+            found.append(Finding(REFUSED, "", str(error)))
     if (sentence := arguments.endless_warmup(args, et)) is not None:
         found.append(Finding(NOTE, "", sentence))
     return et, config
+
+
+def _expert_parallel_package(args: argparse.Namespace) -> list[Finding]:
+    """DeepEP or HybridEP, without which Megatron stops when it builds the first MoE layer."""
+    if getattr(args, "moe_token_dispatcher_type", None) != "flex":
+        return []
+    wanted = "DeepEP" if uses_deepep(args) else "HybridEP"
+    if "deep_ep" in sys.modules and sys.modules["deep_ep"] is None:  # plugin.examine hid it
+        text = f"{wanted} is installed and could not be imported here (environment, above): not checked"
+        return [Finding(NOTE, "", f"--moe-token-dispatcher-type flex: {text}")]
+    if not packages.installed("deep_ep"):
+        lacks = "package deep_ep is not installed here"
+    elif wanted == "HybridEP" and not hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer"):
+        lacks = "DeepEP that is installed here has no HybridEPBuffer"
+    else:
+        return []
+    text = (
+        f"--moe-token-dispatcher-type flex needs {wanted}, and the {lacks}: Megatron stops when it builds "
+        "the first MoE layer. Remedy: install it, run this check in the job's container, or use "
+        "--moe-token-dispatcher-type alltoall"
+    )
+    return [Finding(REFUSED, "", text)]
 
 
 def _settings(args: argparse.Namespace) -> ExpertThresholdConfig | None:

@@ -93,9 +93,14 @@ def probe(name: str) -> list[Finding]:
     Args:
         name: a key of ABSENT.
     """
+    return _PROBES[name]() if installed(name) else ABSENT[name]
+
+
+def installed(name: str) -> bool:
+    """Whether a top-level module is there, whatever its import does."""
     spec = importlib.util.find_spec(name)
     # A folder of that name on the path makes a spec too, without a file.
-    return ABSENT[name] if spec is None or spec.origin is None else _PROBES[name]()
+    return spec is not None and spec.origin is not None
 
 
 def _version(name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from megatron_et import compatibility
+from megatron_et.compatibility import Refusal
 from megatron_et.config import (
     ConfigError,
     ExpertThresholdConfig,
@@ -20,6 +21,14 @@ from megatron_et.fanout import bounded
 from megatron_et.host import seam
 from megatron_et.quantile import expected_load
 from megatron_et.rank_zero import is_rank_zero, say
+
+YAML = Refusal(
+    "--yaml-cfg",
+    lambda args: getattr(args, "yaml_cfg", None),
+    "Megatron then drops every flag of the command line, this package's too",
+    "give the settings as flags",
+)
+"""Asked about before Megatron parses: with it, nothing of ours is left to ask about later."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -56,9 +65,11 @@ def explicit_names(argv: list[str]) -> set[str]:
     return {flag.removeprefix("--").replace("-", "_") for flag in flags}
 
 
-def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConfig:
-    """Validate our flags against Megatron's before Megatron validates its own; set what ET needs and say so
-    once.
+def settle(args: argparse.Namespace, explicit: set[str]) -> tuple[ExpertThresholdConfig, list[str]]:
+    """Validate our flags against Megatron's before Megatron validates its own, and set what ET needs.
+
+    Returns:
+        our settings, and a text `name=value` for everything that was set.
 
     Raises:
         ConfigError: everything that is wrong, each with its remedy.
@@ -72,10 +83,22 @@ def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConf
                 f"{given} has no effect with --moe-router-type topk: add --moe-router-type "
                 "expert-threshold, or leave it out."
             )
-        return et
+        return et, []
     changed = compatibility.check(args, et, explicit)
     et = bounded(et, args)
     args.moe_et_max_fanout = et.max_fanout
+    return et, changed
+
+
+def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConfig:
+    """`settle`, and say once what will run and what was set.
+
+    Raises:
+        ConfigError: everything that is wrong, each with its remedy.
+    """
+    et, changed = settle(args, explicit)
+    if not et.active:
+        return et
     needed = f"; set {', '.join(changed)}" if changed else ""
     say(
         f"--moe-router-type {et.router_type}: target mean fan-out {args.moe_router_topk} of "
@@ -103,6 +126,16 @@ def endless_warmup(args: argparse.Namespace, et: ExpertThresholdConfig) -> str |
     )
 
 
+FP8_ROWS, MXFP8_ROWS = 16, 32
+"""What Megatron pads the rows of an expert to (get_align_size_for_quantization)."""
+
+
+def _tokens_of_a_rank(args: argparse.Namespace) -> int:
+    """Of one micro-batch."""
+    split = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    return int(args.micro_batch_size * args.seq_length // split)
+
+
 def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
     """Refuse a routing pool in which an expert's share is less than one token: Expert Choice would select
     nobody, and a micro-batch would have no k-th largest logit.
@@ -114,10 +147,7 @@ def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
     if et.pool == "global" and et.quantile == "histogram":
         ranks, pool = "all ranks together", tokens * args.data_parallel_size
     else:
-        split = args.context_parallel_size * (
-            args.tensor_model_parallel_size if args.sequence_parallel else 1
-        )
-        ranks, pool = "a rank", tokens // split
+        ranks, pool = "a rank", _tokens_of_a_rank(args)
     if expected_load(pool, args.moe_router_topk, args.num_experts) < 1:
         raise ConfigError(
             f"a micro-batch has {pool} tokens on {ranks} (--micro-batch-size {args.micro_batch_size}, "
@@ -126,6 +156,26 @@ def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
             f"{args.num_experts} / --moe-router-topk {args.moe_router_topk}, so no expert would get one "
             "token. "
             "Raise --micro-batch-size."
+        )
+
+
+def check_padding(args: argparse.Namespace) -> None:
+    """Refuse a routing map that cannot be padded: an expert that nearly all tokens of a rank chose has none
+    left to be filled up with, and its rows would not be a multiple of what FP8's products need.
+
+    Raises:
+        ConfigError: with the sizes.
+    """
+    if not compatibility.pads_map(args):
+        return
+    rows = MXFP8_ROWS if getattr(args, "fp8_recipe", None) == "mxfp8" else FP8_ROWS
+    tokens = _tokens_of_a_rank(args)
+    if tokens % rows:
+        raise ConfigError(
+            f"--moe-router-padding-for-quantization pads the tokens of each expert to a multiple of {rows}, "
+            f"and a micro-batch has {tokens} tokens on a rank, which is none: a nearly full expert cannot be "
+            "padded. Remedy: leave it out (the experts pad their own input), or change --micro-batch-size or "
+            "--seq-length."
         )
 
 
@@ -138,11 +188,7 @@ def refuse_yaml(argv: list[str]) -> None:
     explicit = explicit_names(argv)
     ours = {dest_of(knob.name) for knob in fields(ExpertThresholdConfig)}
     if "yaml_cfg" in explicit and explicit & ours:
-        raise ConfigError(
-            "--yaml-cfg cannot be combined with Expert Threshold routing: Megatron then drops every flag of "
-            "the "
-            "command line, this package's too. Remedy: give the settings as flags."
-        )
+        raise ConfigError(YAML.sentence())
 
 
 def mend_help(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +227,7 @@ def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(args, *rest, **kwargs)
         if et.active:
             _exit_on_config_error(check_pool, args, et)
+            _exit_on_config_error(check_padding, args)
             if (sentence := endless_warmup(args, et)) is not None:
                 say(sentence)
         return result
@@ -211,8 +258,13 @@ def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set
             setattr(args, name, getattr(saved, name))
 
 
+CALLED = (("megatron.training.global_vars", "get_args"),)
+"""By router.resolve_config, which takes its absence for a loop without megatron.training: top-k."""
+
+
 def install() -> None:
     """Bind the seam."""
+    seam.require(*CALLED)
     seam.wrap("megatron.training.arguments", "add_megatron_arguments", _add_megatron_arguments)
     seam.wrap("megatron.training.arguments", "validate_args", _validate_args)
     seam.wrap("megatron.training.checkpointing", "load_args_from_checkpoint", _load_args_from_checkpoint)

@@ -11,18 +11,29 @@ from megatron_et.host import seam
 
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+_ROUTER = "megatron.core.transformer.moe.router"
+CALLED = (
+    (_ROUTER, "TopKRouter"),
+    (_ROUTER, "TopKRouter.apply_z_loss"),
+    ("megatron.core.transformer.moe.moe_utils", "get_capacity"),
+    (TOKEN_DISPATCHER, "MoEAlltoAllTokenDispatcher"),
+    (TOKEN_DISPATCHER, "MoEAlltoAllTokenDispatcher._maybe_update_cuda_sync_point"),
+    (TOKEN_DISPATCHER, "MoEAllGatherTokenDispatcher"),
+    (TOKEN_DISPATCHER, "MoEFlexTokenDispatcher"),
+    (TOKEN_DISPATCHER, "_DeepepManager"),
+)
+"""What router.py, dispatch.py and flex.py import and call, beside what they override."""
 
 
 def install() -> None:
     """Bind the seam. The router's default sits in MoESubmodules' generated __init__, so patching its class
     would do nothing."""
+    seam.require(*CALLED)
     seam.wrap(MOE_LAYER, "MoELayer.__init__", _moe_layer_init)
     from megatron_et.dispatch import (
         VariableFanoutAllGatherTokenDispatcher,
         VariableFanoutAlltoAllTokenDispatcher,
     )
-
-    seam.find(TOKEN_DISPATCHER, "_DeepepManager")  # the base of flex.py's, refused by name if it is gone
     from megatron_et.flex import VariableFanoutDeepepManager, VariableFanoutFlexTokenDispatcher
     from megatron_et.router import ExpertThresholdRouter
 

@@ -26,8 +26,20 @@ _MONITOR = Monitor()
 """Of this process: a resumed run starts without a history."""
 
 
+_GLOBALS = "megatron.training.global_vars"
+CALLED = (
+    (_GLOBALS, "get_args"),
+    (_GLOBALS, "get_tensorboard_writer"),
+    (_GLOBALS, "get_wandb_writer"),
+    ("megatron.core.parallel_state", "get_pipeline_model_parallel_world_size"),
+    ("megatron.core.parallel_state", "get_pipeline_model_parallel_group"),
+)
+"""What is imported when there is something to log."""
+
+
 def install() -> None:
     """Bind the seam."""
+    seam.require(*CALLED)
     seam.wrap("megatron.training.training", "training_log", _training_log)
 
 

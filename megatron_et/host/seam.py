@@ -30,6 +30,17 @@ def find(module_name: str, attribute: str) -> Any:
     return owner
 
 
+def require(*names: tuple[str, str]) -> None:
+    """Check that symbols which we call or import, (module, attribute) each, are there: at install(), not in
+    the first forward pass.
+
+    Raises:
+        ImportError: names the first that is not.
+    """
+    for module_name, attribute in names:
+        find(module_name, attribute)
+
+
 def wrap(module_name: str, attribute: str, make: Callable[[Any], Callable[..., Any]]) -> None:
     """Replace a function of a module by `make(original)`, in every module that already imported it by name.
 

@@ -23,6 +23,12 @@ def test_cold_experts(case: Case, outcomes: Outcomes) -> None:
     passes(case, outcomes)
 
 
+@cases(CASES, "delayed_weight_gradients")
+def test_delayed_weight_gradients(case: Case, outcomes: Outcomes) -> None:
+    """Delayed weight gradients with {case.variant} without tokens, bitwise equal."""
+    passes(case, outcomes)
+
+
 @cases(CASES, "recompute")
 def test_recompute(case: Case, outcomes: Outcomes) -> None:
     """Activation recompute of {case.variant}, bitwise equal."""

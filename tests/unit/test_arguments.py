@@ -22,6 +22,7 @@ from megatron_et.config import ConfigError, ExpertThresholdConfig, choices, dest
 from megatron_et.host import arguments
 from megatron_et.host.arguments import (
     add_arguments,
+    check_padding,
     check_pool,
     endless_warmup,
     explicit_names,
@@ -412,6 +413,31 @@ def test_a_global_pool_is_that_of_all_ranks(data_parallel_size: int, enough: boo
     assert "0 tokens on a rank" in str(pool_of(f"{line} --moe-et-quantile kth-largest", data_parallel_size))
 
 
+PAD = f"{ET} --moe-router-padding-for-quantization --micro-batch-size 1 --seq-length"
+
+
+@pytest.mark.parametrize(
+    ("line", "rows", "tokens"),
+    [
+        (f"{PAD} 48", 16, None),
+        (f"{PAD} 56", 16, 56),
+        (f"{PAD} 48 --fp8-format e4m3 --fp8-recipe mxfp8", 32, 48),
+        (f"{PAD} 64 --fp8-format e4m3 --fp8-recipe mxfp8", 32, None),
+        (f"{PAD} 48 --micro-batch-size 2 --context-parallel-size 4", 16, 24),
+        (f"{PAD} 96 --tensor-model-parallel-size 4", 16, None),
+        (f"{PAD} 96 --tensor-model-parallel-size 4 {SP}", 16, 24),
+        (f"{ET} --micro-batch-size 1 --seq-length 56", 16, None),
+    ],
+)
+def test_a_map_that_cannot_be_padded_is_refused(line: str, rows: int, tokens: int | None) -> None:
+    args = parse(line)
+    if tokens is None:
+        check_padding(args)
+        return
+    with pytest.raises(ConfigError, match=rf"a multiple of {rows}, and a micro-batch has {tokens} tokens"):
+        check_padding(args)
+
+
 def test_the_pool_is_measured_against_experts_and_fanout() -> None:
     sizes = "--moe-router-type expert-threshold --micro-batch-size 1 --seq-length 21 --moe-router-topk 3"
     assert pool_of(f"{sizes} --num-experts 63") is None
@@ -535,6 +561,11 @@ def test_the_pool_is_checked_with_the_sizes_that_megatron_settled(
         validate(monkeypatch, line, megatron)
     assert stop.value.code == 2
     assert "megatron_et: a micro-batch has 2 tokens on a rank" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        validate(
+            monkeypatch, f"{ET} --moe-router-padding-for-quantization --micro-batch-size 1 --seq-length 8"
+        )
+    assert "--moe-router-padding-for-quantization pads" in capsys.readouterr().err
     # Top-k has no pool.
     validate(monkeypatch, line.replace("expert-threshold", "topk"), megatron)
 

@@ -5,6 +5,7 @@ this process; what binds the seams runs in one new process.
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -227,7 +228,11 @@ def test_a_version_that_nobody_checked_is_said(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(plugin.versions, "megatron_version", lambda: "0.99.0")
     found = folders(monkeypatch, core="/a/megatron/core", training="/a/megatron/training")
     assert found[0].mark == NOTE
-    assert found[0].text.startswith("0.99.0: checked were 0.")
+    assert found[0].text.startswith("0.99.0 was not run, nor any of its series: checked were 0.")
+    monkeypatch.setattr(plugin.versions, "megatron_version", lambda: "0.19.7")
+    found = folders(monkeypatch, core="/a/megatron/core", training="/a/megatron/training")
+    assert found[0].mark == NOTE
+    assert found[0].text.startswith("0.19.7 was not run, 0.19.2 of the same series was")
 
 
 @needs_training
@@ -341,6 +346,10 @@ def test_top_k_is_judged_by_megatron_alone(judge: Judge) -> None:
         ("--yaml-cfg run.yaml", "--yaml-cfg cannot be combined"),
         ("--moe-et-ema-decay 1", "--moe-et-ema-decay is 1.0"),
         ("--seq-length 3 --max-position-embeddings 4", "a micro-batch has 3 tokens on a rank"),
+        (
+            "--seq-length 56 --moe-router-padding-for-quantization",
+            "--moe-router-padding-for-quantization pads ",
+        ),
         ("--hidden-size 66", "Megatron's own checks, with this shell's environment variables: "),
         ("stray", "stray: belongs to no flag"),
     ],
@@ -363,6 +372,74 @@ def test_a_scripts_own_flags_may_be_right(judge: Judge) -> None:
         "--team-flag: no flag of this Megatron. Right only if pretrain_gpt.py" in t
         for t in texts(found, NOTE)
     )
+
+
+@pytest.mark.parametrize(
+    ("flags_given", "sentence"),
+    [
+        (
+            "--moe-et-ema-decays 0.9",
+            "--moe-et-ema-decays: no flag of this Megatron or this package: did you mean --moe-et-ema-decay?",
+        ),
+        (
+            "--num-expertz=3",
+            "--num-expertz: no flag of this Megatron or this package: did you mean --num-experts?",
+        ),
+        ("--moe-et-speed 3", "--moe-et-speed: no flag of this Megatron or this package"),
+        ("--moe-router-speed 3", "--moe-router-speed: no flag of this Megatron or this package"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_flag_is_refused_with_a_script_too(flags_given: str, sentence: str, judge: Judge) -> None:
+    found = judge(f"{ET} --team-flag 3 {flags_given}", script="/x/pretrain_gpt.py")
+    assert texts(found, REFUSED) == [sentence]
+    assert sum("--team-flag: no flag" in text for text in texts(found, NOTE)) == 1
+
+
+FLEX = f"{ET} --num-experts 256 --moe-token-dispatcher-type flex --moe-permute-fusion"
+HYBRIDEP = " --moe-flex-dispatcher-backend hybridep"
+
+
+@pytest.mark.parametrize(
+    ("backend", "body", "mark", "words"),
+    [
+        ("", None, REFUSED, "needs DeepEP, and the package deep_ep is not installed here: Megatron stops"),
+        (HYBRIDEP, None, REFUSED, "needs HybridEP, and the package deep_ep is not installed here"),
+        (HYBRIDEP, "", REFUSED, "DeepEP that is installed here has no HybridEPBuffer"),
+        ("", "hidden", NOTE, "DeepEP is installed and could not be imported here"),
+        (HYBRIDEP, "class HybridEPBuffer: ...", None, ""),
+        ("", "", None, ""),
+    ],
+)
+def test_a_dispatcher_without_its_package(
+    backend: str,
+    body: str | None,
+    mark: str | None,
+    words: str,
+    judge: Judge,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
+    if body == "hidden":
+        monkeypatch.setitem(sys.modules, "deep_ep", None)
+    elif body is None:
+        monkeypatch.setattr(packages, "installed", lambda _: False)
+    else:
+        (tmp_path / "deep_ep.py").write_text(body)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.invalidate_caches()
+    found = [
+        finding for finding in judge(FLEX + backend) if "--moe-token-dispatcher-type flex" in finding.text
+    ]
+    monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
+    assert [finding.mark for finding in found] == ([mark] if mark else [])
+    assert all(words in finding.text for finding in found)
+
+
+def test_the_bound_that_start_up_sets_is_shown(judge: Judge) -> None:
+    (told,) = [text for text in texts(judge(FLEX), OK) if text.startswith("set at start-up: ")]
+    assert "moe_router_score_function=sigmoid" in told
+    assert "moe_et_max_fanout=32 (DeepEP has 32 slots a token)" in told
 
 
 @pytest.mark.parametrize(
@@ -395,7 +472,11 @@ def test_a_warmup_that_never_ends_is_a_note(judge: Judge) -> None:
 
 def test_without_flags_every_refusal_is_listed(judge: Judge) -> None:
     found = judge("")
-    assert {rule.flag for rule in REFUSALS} <= {finding.label for finding in found}
+    labels = {finding.label for finding in found}
+    assert {rule.flag for rule in REFUSALS} <= labels
+    assert {"--yaml-cfg", "--moe-et-pool global with a CUDA graph of moe_router"} <= labels
+    (bound,) = [finding.text for finding in found if finding.label == "--moe-et-max-fanout"]
+    assert "DeepEP has 32 slots a token" in bound
     assert texts(found, REFUSED) == []
     (histogram,) = [finding.text for finding in found if finding.label == "histogram"]
     # 1,024 bins, its usage, its batches at a bound and one more fan-out, of 8 bytes each.

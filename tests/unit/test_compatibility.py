@@ -96,6 +96,8 @@ REFUSED: dict[str, list[str]] = {
         "--overlap-moe-expert-parallel-comm --cuda-graph-impl transformer_engine"
         " --cuda-graph-modules moe_router",
     ],
+    "--overlap-dispatch-backward-with-experts-wgrad": ["--overlap-dispatch-backward-with-experts-wgrad"],
+    "--use-transformer-engine-op-fuser": ["--use-transformer-engine-op-fuser"],
     "--batch-invariant-mode": [],  # newer than the pinned version: test_batch_invariance
     "--moe-expert-rank-capacity-factor": ["--moe-expert-rank-capacity-factor 1.5"],
     "--use-megatron-fsdp / --use-torch-fsdp2": ["--use-megatron-fsdp", "--use-torch-fsdp2"],
@@ -588,6 +590,12 @@ def test_a_target_above_the_bound_is_refused() -> None:
     for settings in (parse, sizes):
         with pytest.raises(ConfigError, match=r"--moe-router-topk is 40: .* more than 32 experts"):
             check(settings(f"{DEEPEP} --moe-router-topk 40"), ET)
+
+
+@pytest.mark.parametrize("topk", [16, 17])
+def test_a_bound_near_the_target_is_said(topk: int) -> None:
+    told = check(parse(f"{DEEPEP} --moe-router-topk {topk}"), ET)[-1]
+    assert ("less than twice --moe-router-topk 17: watch moe/fanout_max" in told) == (topk == 17)
 
 
 def test_topk_runs_are_not_bounded() -> None:

@@ -26,6 +26,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FIELDS = re.compile(r"^@@ -(\d+),(\d+) \+(\d+),(\d+) @@$")
 
 
+def test_the_readme_counts_the_lines() -> None:
+    code = [line for line in HOOK.splitlines() if line and not line.startswith("#")]
+    assert len(code) == 3
+    readme = " ".join((trial.PATCHES / "README.md").read_text().split())
+    assert "adds three lines of code under a comment" in readme
+    assert "is three lines to put in by hand" in readme
+
+
 def files_of(tag: str) -> dict[str, list[str]]:
     """File -> hunk lines with the @@ line first."""
     text = (trial.PATCHES / f"{tag}.patch").read_text()

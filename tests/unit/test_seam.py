@@ -3,6 +3,7 @@
 `seam` runs here on made-up modules. What binds the real seams runs in new processes.
 """
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -185,8 +186,14 @@ def test_an_override_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 # --- versions.py ---
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.17.0", "0.18.2", "0.19.7", "0.19.0rc1", "0.20.0"])
-def test_a_checked_version_is_silent(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+MAIN = "0.20.0+d98e8a64d"
+
+
+@pytest.mark.parametrize(
+    "version",
+    ["0.16.1", "0.17.1", "0.18.2+571370c82", "0.19.2", "0.19.0+5be962670", MAIN, "0.20.0+d98e8a64ddf3"],
+)
+def test_a_version_that_was_run_is_silent(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(versions, "megatron_version", lambda: version)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -194,20 +201,63 @@ def test_a_checked_version_is_silent(monkeypatch: pytest.MonkeyPatch, version: s
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.21.0", "1.19.2", "0.190.0", "0.1.9", "0.2"])
-def test_another_version_warns_with_both_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+def test_a_version_of_another_series_warns_with_those_that_were_run(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
     monkeypatch.setattr(versions, "megatron_version", lambda: version)
-    expected = rf"checked on megatron-core 0\.16\.1, .*0\.19\.2, .*; this is {version}:"
+    expected = (
+        rf"megatron-core {version} was not run, nor any of its series: checked were 0\.16\.1, .*0\.19\.2, "
+    )
     with pytest.warns(UserWarning, match=expected) as warned:
         versions.check_version()
     assert len(warned) == 1
 
 
+@pytest.mark.parametrize(
+    ("version", "run"),
+    [
+        ("0.16.0", "0.16.1"),
+        ("0.19.7", "0.19.2"),
+        ("0.19.0rc1", "0.19.2"),
+        ("0.20.0", "Megatron-LM's main branch of 2026-08-22, commit d98e8a64d"),
+        ("0.20.0+", "Megatron-LM's main branch of 2026-08-22, commit d98e8a64d"),
+        ("0.20.1+0123456789", "Megatron-LM's main branch of 2026-08-22, commit d98e8a64d"),
+    ],
+)
+def test_a_release_or_commit_that_was_not_run_warns_with_the_one_that_was(
+    monkeypatch: pytest.MonkeyPatch, version: str, run: str
+) -> None:
+    monkeypatch.setattr(versions, "megatron_version", lambda: version)
+    expected = re.escape(f"megatron-core {version} was not run, {run} of the same series was")
+    with pytest.warns(UserWarning, match=expected) as warned:
+        versions.check_version()
+    assert len(warned) == 1
+    monkeypatch.setenv("RANK", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        versions.check_version()
+
+
 @pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\.")
-def test_the_version_is_that_of_the_installed_package() -> None:
-    # Megatron appends the commit: 0.19.2+4b2a5a1; a checkout's metadata has it as well.
+def test_the_version_of_a_wheel_is_its_distributions() -> None:
+    """Megatron itself appends the commit of the repository around the environment: 0.19.2+4b2a5a1."""
+    from megatron.core import package_info
+
     installed = importlib.metadata.version("megatron-core")
+    here = Path(package_info.__file__)
+    if "site-packages" in here.parts:
+        assert versions.megatron_version() == installed
     assert versions.megatron_version().partition("+")[0] == installed.partition("+")[0]
     assert versions.is_checked(versions.megatron_version())
+
+
+@pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\.")
+def test_the_version_of_a_checkout_keeps_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from megatron.core import package_info
+
+    monkeypatch.setattr(package_info, "__file__", str(tmp_path / "megatron" / "core" / "package_info.py"))
+    monkeypatch.setattr(package_info, "__version__", MAIN)
+    assert versions.megatron_version() == MAIN
 
 
 def test_two_mixed_installations_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +355,30 @@ def test_install_on_a_megatron_without_a_symbol() -> None:
     )
 
 
+@pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\.")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer",
+        pytest.param("arguments", marks=needs_training),
+        pytest.param("logging", marks=needs_training),
+    ],
+)
+def test_a_symbol_that_is_called_only_later_is_missed_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seam, "replaced", [])
+    binding = importlib.import_module(f"megatron_et.host.{name}")
+    for module, attribute in binding.CALLED:
+        importlib.import_module(module)
+        with monkeypatch.context() as without:
+            without.delattr(f"{module}.{attribute}")
+            missing = rf"^{re.escape(module)}\.{re.escape(attribute)} is not in megatron-core {VERSION}"
+            with pytest.raises(ImportError, match=missing):
+                binding.install()
+    assert seam.replaced == []
+
+
 # --- the launcher ---
 
 
@@ -346,6 +420,16 @@ def test_no_gpu_is_one_sentence_and_the_script_does_not_run(script: Path) -> Non
     assert result.stdout == ""
     assert result.stderr.startswith("megatron_et: no GPU is visible to this process.")
     assert "set MEGATRON_ET_CPU=1" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("on_cpu", ["0", "1"])
+def test_no_megatron_is_one_sentence(script: Path, on_cpu: str) -> None:
+    (script.parent / "megatron").mkdir()  # first on the path, and without a core
+    (script.parent / "megatron" / "__init__.py").touch()
+    result = run("-m", "megatron_et", str(script), MEGATRON_ET_CPU=on_cpu)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("megatron_et: megatron.core is not installed for ")
     assert result.stderr.count("\n") == 1
 
 

@@ -52,7 +52,12 @@ def main() -> None:
     parser.add_argument(
         "--measured", type=Path, help="csv of measured numbers (name, value, source) in place of assumed ones"
     )
-    parser.add_argument("--scratch", type=Path, default=ROOT / "runs" / "scale")
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=ROOT / "runs" / "scale",
+        help="where measure keeps its runs; those that are finished are read again",
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     results = options.output / "scale_measured.csv"

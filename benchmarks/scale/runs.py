@@ -55,8 +55,10 @@ class Loads:
 
 
 def train(router: str, ranks: int, data: Path, scratch: Path) -> Loads:
-    """One run."""
+    """One run; a finished one in `scratch` is read again."""
     name = f"{router.replace(', ', '-').replace('=', '')}-{ranks}"
+    if all((scratch / name / f"rank{rank}.npz").is_file() for rank in range(ranks)):
+        return read(scratch / name, ranks)
     trace = ["--moe-et-trace-dir", str(scratch / name)] if router != "top-k" else []
     warmup = ["--moe-et-warmup-steps", str(WARMUP)] if router != "top-k" else []
     arguments = [

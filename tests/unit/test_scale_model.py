@@ -6,13 +6,15 @@ Dimension letters: N steps, L layers, S sequences, T tokens, E experts.
 
 import csv
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.scale import boundary, check, cost, memory, network, published, tables
+from benchmarks import scale_model
+from benchmarks.scale import boundary, check, cost, memory, network, plots, published, report, tables
 from benchmarks.scale.assumptions import TABLE, Hardware, read
 from benchmarks.scale.fit import fit
 from benchmarks.scale.loads import Group, Text, draw
@@ -339,6 +341,35 @@ def test_measured_rows_survive_the_file(tmp_path: Path) -> None:
     write_measured(rows, tmp_path / "m.csv")
     assert read_measured(tmp_path / "m.csv") == rows
     assert numbers(rows, "routers", "3 x 16", 2) == {"bytes": 9.0, "group": 2e-3, "alone": 1e-3}
+
+
+def test_the_whole_report_is_written(hardware: Hardware, tmp_path: Path) -> None:
+    measured = read_measured(RESULTS / "scale_measured.csv")
+    rows = scale_model.rows_of(measured, hardware, 3)
+    assert all(math.isfinite(row.value) for row in rows)
+    again = {row[:5]: row.value for row in tables.load_rows(tables.settings(measured), hardware, 3)}
+    assert again == {row[:5]: row.value for row in rows if row[:5] in again}
+    text = report.write(rows, TABLE, {"Report": {"date": "today"}})
+    sections = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert len(sections) == 8
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+    get = report.Rows(rows)
+    for plot in (plots.statistics, plots.loads):
+        plot(get, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
+    scale_model.write(rows, tmp_path / "model.csv")
+    assert len((tmp_path / "model.csv").read_text().splitlines()) == len(rows) + 1
+
+
+def test_prose_is_filled() -> None:
+    assert report.prose("a\nb") == ["a b", ""]
+    item = "- " + "word " * 40
+    lines = report.prose(f"{item}\n- second")
+    assert lines[0].startswith("- word")
+    assert lines[1].startswith("  word")
+    assert lines[2:] == ["- second", ""]
+    assert max(map(len, lines)) <= 118
 
 
 def test_the_report_has_todays_bytes(hardware: Hardware) -> None:

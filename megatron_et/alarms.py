@@ -22,7 +22,10 @@ Array = NDArray[Any]
 WINDOW = 20
 """Logged steps that the rules look back on."""
 PATIENCE = 10
-"""Logged steps in a row that make an alarm, and logged steps in a row without its cause that end it."""
+"""Logged steps in a row that make an alarm."""
+CALM = 2 * PATIENCE
+"""Logged steps in a row without its rule that end it: a single better step interrupts a rule for
+PATIENCE of them."""
 LOAD_OFF = 0.5
 """Relative distance of one expert's load from the target: the band of the guard as recommended."""
 FANOUT_OFF = 0.2
@@ -81,7 +84,7 @@ class Observation:
     def of(cls, step: int, phase: str, tokens: int, topk: int, rows: Mapping[int, Row]) -> "Observation":
         """From the rows of all layers by number; at least one."""
         stacked = [
-            np.stack([getattr(row, name) for row in rows.values()])
+            np.stack([getattr(row, name) for row in rows.values()], dtype=np.float32, casting="same_kind")
             for name in ("usage_E", "threshold_E", "cutoff_E", "at_bound_E")
         ]
         restarted_L = np.array([row.restarted for row in rows.values()])
@@ -99,7 +102,7 @@ class Alarm:
     since: int
     """First of the logged steps that made it."""
     until: int | None
-    """Logged step at which its cause was gone for PATIENCE logged steps; None: it is on."""
+    """Logged step at which its rule had not held for CALM logged steps; None: it is on."""
     seen: str
     """What was seen, with values and units, the last time that the rule held."""
     remedy: str
@@ -138,7 +141,7 @@ class Window:
         return len(self._steps)
 
     def _stack(self, name: str) -> Array:
-        return np.stack([getattr(seen, name) for seen in self._steps]).astype(np.float64)
+        return np.stack([getattr(seen, name) for seen in self._steps])
 
     @cached_property
     def load_SLE(self) -> Array:
@@ -413,7 +416,7 @@ class Monitor:
         """One logged step in which the rule did not hold in the layer."""
         course = self._courses[key]
         course.quiet += 1
-        if not course.on or course.quiet >= PATIENCE:
+        if not course.on or course.quiet >= CALM:
             del self._courses[key]
             if course.on:
                 self.past.append(replace(course.alarm, until=step))

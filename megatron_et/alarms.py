@@ -133,6 +133,10 @@ class Window:
         """Training step of the last `steps` logged ones' first."""
         return self._steps[-steps].step
 
+    def span(self, steps: int) -> str:
+        """Which steps the last `steps` logged ones are."""
+        return f"{steps} logged steps, {self.step(steps)} to {self.now.step}"
+
     def phases(self, steps: int) -> set[str]:
         """Of the last `steps` logged steps; empty where there are not so many."""
         return {seen.phase for seen in self._steps[-steps:]} if len(self._steps) >= steps else set()
@@ -174,8 +178,8 @@ def dead(window: Window) -> Iterator[Finding]:
             int(row),
             experts,
             window.step(steps),
-            f"{listed(experts, 'expert')}: no token in the last {steps} logged steps, target "
-            f"{_percent(window.target)} of tokens",
+            f"{listed(experts, 'expert')}: no token, target {_percent(window.target)} of tokens, "
+            f"{window.span(steps)}",
         )
 
 
@@ -196,7 +200,7 @@ def load_off_target(window: Window) -> Iterator[Finding]:
             experts[worst_first].tolist(),
             window.step(PATIENCE),
             f"{listed(experts[worst_first].tolist(), 'expert')}: load {_span(load_E)} times the target of "
-            f"{_percent(window.target)} of tokens, mean of {PATIENCE} logged steps",
+            f"{_percent(window.target)} of tokens, mean of {window.span(PATIENCE)}",
         )
 
 
@@ -213,7 +217,7 @@ def fanout_off_target(window: Window) -> Iterator[Finding]:
             [],
             window.step(PATIENCE),
             f"mean fan-out {window.now.topk * load_SL[:, row].mean():.3g} experts per token, target "
-            f"{window.now.topk}, mean of {PATIENCE} logged steps",
+            f"{window.now.topk}, mean of {window.span(PATIENCE)}",
         )
 
 
@@ -239,9 +243,9 @@ def thresholds_drifting(window: Window) -> Iterator[Finding]:
             int(row),
             experts.tolist(),
             window.step(WINDOW),
-            f"in each of the last {WINDOW} logged steps the cutoffs of {falling} of {E} experts lay below "
-            f"their thresholds and of {experts.size - falling} above: {late:.3g} logits in the later half, "
-            f"{early:.3g} in the earlier; their load is off by {_percent(error)} of the target",
+            f"the cutoffs of {falling} of {E} experts always lay below their thresholds and of "
+            f"{experts.size - falling} above, by {early:.3g} and then {late:.3g} logits; their load is off "
+            f"by {_percent(error)} of the target; {window.span(WINDOW)}",
         )
 
 
@@ -256,7 +260,7 @@ def capacity_hit(window: Window) -> Iterator[Finding]:
             [],
             window.step(PATIENCE),
             f"a capacity bound decided {_percent(at_bound_SL[:, row].mean())} of the loads (experts x "
-            f"micro-batches), mean of {PATIENCE} logged steps",
+            f"micro-batches), mean of {window.span(PATIENCE)}",
         )
 
 
@@ -268,7 +272,7 @@ def guard_restarting(window: Window) -> Iterator[Finding]:
             [],
             window.now.step,
             f"the guard restarts experts again and again: {int(window.now.restarted_L[row])} of "
-            f"{window.load_SLE.shape[2]} within the last 100 batches",
+            f"{window.load_SLE.shape[2]} within 100 batches, at step {window.now.step}",
         )
 
 
@@ -439,13 +443,17 @@ def grouped(alarms: Iterable[Alarm]) -> list[list[Alarm]]:
 
 def headline(group: Sequence[Alarm]) -> str:
     """'load off target in layers 3, 4, since step 120', of alarms of one rule."""
-    layers = listed([alarm.layer for alarm in group], "layer")
-    return f"{group[0].rule} in {layers}, since step {min(alarm.since for alarm in group)}"
+    layers = listed(sorted({alarm.layer for alarm in group}), "layer")
+    since = min(alarm.since for alarm in group)
+    ends = [alarm.until for alarm in group if alarm.until is not None]
+    steps = f"steps {since} to {max(ends)}" if len(ends) == len(group) else f"since step {since}"
+    return f"{group[0].rule} in {layers}, {steps}"
 
 
-def details(group: Sequence[Alarm]) -> str:
+def details(group: Sequence[Alarm], most: int = 8) -> list[str]:
     """What was seen in each layer, of alarms of one rule."""
-    return "; ".join(f"layer {alarm.layer}: {alarm.seen}" for alarm in group)
+    more = [f"and {len(group) - most} more"] if len(group) > most else []
+    return [f"layer {alarm.layer}: {alarm.seen}" for alarm in group[:most]] + more
 
 
 def listed(numbers: Sequence[int], noun: str, most: int = 6) -> str:

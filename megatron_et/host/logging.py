@@ -17,6 +17,7 @@ from megatron_et.alarms import Alarm, Monitor, Observation, Row, details, groupe
 from megatron_et.config import ExpertThresholdConfig
 from megatron_et.host import seam, state, tensorboard
 from megatron_et.metrics import LayerBatch, overall, pack, width
+from megatron_et.report.tags import ALARM_TEXT
 
 TRACE_FILE = "et_trace.jsonl"
 TRACE_SCHEMA = 1
@@ -132,10 +133,10 @@ def _announce(iteration: int, group: Sequence[Alarm]) -> None:
     """Alarms of one rule that have just started: a line on the console, and to both writers."""
     from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
 
-    title, text = headline(group), f"{details(group)}. Remedy: {group[0].remedy}"
+    title, text = headline(group), f"{'; '.join(details(group))}. Remedy: {group[0].remedy}"
     print(f" [megatron_et] iteration {iteration:8d} | ALARM: {title}: {text}", flush=True)
     if (writer := get_tensorboard_writer()) is not None:
-        writer.add_text(tensorboard.ALARM_TEXT, f"{title}: {text}", iteration)
+        writer.add_text(ALARM_TEXT, f"{title}: {text}", iteration)
     if (wandb := get_wandb_writer()) is not None:
         wandb.alert(title=f"megatron_et: {title}", text=f"iteration {iteration}: {text}")
 

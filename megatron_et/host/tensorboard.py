@@ -13,9 +13,7 @@ import torch
 
 from megatron_et import __version__
 from megatron_et.host.versions import megatron_version
-
-ALARM_TEXT = "megatron_et/alarms"
-VERSIONS_TEXT = "megatron_et/versions"
+from megatron_et.report.tags import VERSIONS_TEXT
 
 _LAID_OUT: "weakref.WeakSet[Any]" = weakref.WeakSet()
 

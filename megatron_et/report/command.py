@@ -1,4 +1,4 @@
-"""`megatron-et report`: numbers, tables and plots of a run, from its TensorBoard files and its trace."""
+"""`megatron-et report`: numbers, tables, plots and alarms of a run, from its TensorBoard files and trace."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from megatron_et.report.summary import Summary
 
 
+ALARM_STATUS = 3
+
+
 @dataclass(frozen=True)
 class Report:
     """What `make_report` made: the numbers, and the files that hold them."""
@@ -23,6 +26,7 @@ class Report:
     pngs: list[Path]
     json: Path
     markdown: Path
+    html: Path
 
 
 def make_report(
@@ -33,7 +37,7 @@ def make_report(
     trace: Path | None = None,
     last_steps: int | None = None,
 ) -> Report:
-    """Write PNGs, summary.json and summary.md of a run into `out` (default: RUN/report).
+    """Write PNGs, summary.json, summary.md and report.html of a run into `out` (default: RUN/report).
 
     Args:
         run: folder of the run; event files and et_trace.jsonl are looked for in it and below.
@@ -48,7 +52,7 @@ def make_report(
     """
     try:
         # Here, not at the top: `--help` and the other commands do not need matplotlib and tensorboard.
-        from megatron_et.report import plots, table
+        from megatron_et.report import page, plots, table
         from megatron_et.report.read import read_run
         from megatron_et.report.summary import layer_histories, summarise
     except ImportError as error:
@@ -62,10 +66,11 @@ def make_report(
     out = out or run / "report"
     out.mkdir(parents=True, exist_ok=True)
     pngs = plots.draw(data, histories, summary, out)
-    report = Report(summary, pngs, out / "summary.json", out / "summary.md")
+    report = Report(summary, pngs, out / "summary.json", out / "summary.md", out / "report.html")
     text = json.dumps(_finite(dataclasses.asdict(summary)), indent=2, allow_nan=False)
     report.json.write_text(text + "\n", encoding="utf-8")
     report.markdown.write_text(table.markdown(summary), encoding="utf-8")
+    report.html.write_text(page.page(summary, data.tensorboard, pngs, text), encoding="utf-8")
     return report
 
 
@@ -75,7 +80,7 @@ def print_report(report: Report) -> None:
 
     console = stdout_console()
     print_summary(report.summary, console)
-    for path in (*report.pngs, report.markdown, report.json):
+    for path in (*report.pngs, report.markdown, report.json, report.html):
         console.print(str(path), markup=False, soft_wrap=True)
 
 
@@ -100,10 +105,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="logged steps of the threshold phase that the layer table averages (default: the last 20 %%)",
     )
+    parser.add_argument(
+        "--fail-on-alarm",
+        action="store_true",
+        help=f"exit with status {ALARM_STATUS} when an alarm is on at the last logged step",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make and print the report; 0, or 2 with one sentence on stderr when that is impossible."""
+    """Make and print the report.
+
+    Returns:
+        0; 2 with one sentence on stderr when that is impossible; ALARM_STATUS if asked to and an alarm is on.
+    """
     try:
         report = make_report(
             args.run,
@@ -116,7 +130,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"megatron-et report: {error}", file=sys.stderr)
         return 2
     print_report(report)
-    return 0
+    if not args.fail_on_alarm:
+        return 0
+    if report.summary.alarms is None:
+        print("megatron-et report: --fail-on-alarm needs a trace (--moe-et-trace-dir)", file=sys.stderr)
+        return 2
+    return ALARM_STATUS if report.summary.alarms else 0
 
 
 def _finite(value: Any) -> Any:

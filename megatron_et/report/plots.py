@@ -19,8 +19,9 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from megatron_et.report.read import TRAINING_LOSS, RunData
+from megatron_et.report.read import RunData
 from megatron_et.report.summary import LayerHistory, Summary, in_window
+from megatron_et.report.tags import TRAINING_LOSS
 from megatron_et.report.trace import Floats, Ints, LayerTrace
 
 BLUE, ORANGE, VERMILLION, GREEN, PURPLE, BLACK = (

@@ -16,13 +16,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_et.report import ReportError
+from megatron_et.report.tags import BY_SAMPLES, OWN_TEXT, TRAINING_LOSS, VALIDATION_LOSS, VERSIONS_TEXT
 from megatron_et.report.trace import TRACE_NAME, Floats, Ints, Trace, abandoned, read_traces
-
-# Tags that Megatron writes (megatron/training/training.py: training_log and evaluate_and_print_results).
-TRAINING_LOSS = "lm loss"
-VALIDATION_LOSS = "lm loss validation"
-SECONDS_PER_STEP = "iteration-time"
-BY_SAMPLES = " vs samples"
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,8 @@ class TensorBoard:
     scalars: dict[str, Series] = field(default_factory=dict)
     arguments: dict[str, str] = field(default_factory=dict)
     samples: int | None = None
+    versions: str | None = None
+    """Of the packages that trained, as megatron_et logs them."""
 
     def validation_losses(self) -> dict[str, Series]:
         """Series by name: 'validation', or 'validation-NAME' for each of several validation sets."""
@@ -97,7 +94,7 @@ def read_run(run: Path, tensorboard_dir: Path | None = None, trace: Path | None 
     if not tensorboard.scalars:
         missing.append("no TensorBoard scalars: no losses (Megatron writes them with --tensorboard-dir)")
     if traced is None:
-        missing.append(f"no {TRACE_NAME}: no phases, single experts, cutoffs or fan-out histograms")
+        missing.append(f"no {TRACE_NAME}: no phases, alarms, single experts, cutoffs or fan-out histograms")
     if len(missing) == 2:
         raise ReportError(
             f"nothing to report: no TensorBoard scalars in or below {event_folder} and no trace steps in "
@@ -146,7 +143,10 @@ def read_tensorboard(files: Iterable[Path], warnings: list[str]) -> TensorBoard:
     last = max(merged.get(TRAINING_LOSS, {}), default=0)
     if last < furthest:
         warnings.append(abandoned("TensorBoard files", last, furthest))
-    return TensorBoard({tag: _series(points) for tag, points in merged.items() if points}, arguments, samples)
+    scalars = {tag: _series(points) for tag, points in merged.items() if points}
+    versions = arguments.get(VERSIONS_TEXT)
+    arguments = {name: value for name, value in arguments.items() if not name.startswith(OWN_TEXT)}
+    return TensorBoard(scalars, arguments, samples, versions)
 
 
 def _load_events(path: Path) -> _EventFile | None:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_et.alarms import Alarm, Monitor
-from megatron_et.report.read import SECONDS_PER_STEP, TRAINING_LOSS, RunData, Series, TensorBoard
+from megatron_et.report.read import RunData, Series, TensorBoard
+from megatron_et.report.tags import SECONDS_PER_STEP, TRAINING_LOSS
 from megatron_et.report.trace import PHASES, Floats, Ints, LayerTrace
 
 SUMMARY_SCHEMA = 1
@@ -116,8 +117,8 @@ class Summary:
     """First logged step of the threshold phase."""
     window: Window | None
     layers: list[LayerSummary]
-    alarms: list[Alarm]
-    """Those that are on at the last logged step; always empty without a trace."""
+    alarms: list[Alarm] | None
+    """Those that are on at the last logged step; None without a trace."""
     past_alarms: list[Alarm]
     """Those that have ended, by their end."""
     missing: list[str]
@@ -197,7 +198,7 @@ def summarise(data: RunData, histories: list[LayerHistory], last_steps: int | No
         threshold_start=_first_step_after(data, "anneal"),
         window=window,
         layers=[_layer_summary(history, window) for history in histories] if window else [],
-        alarms=monitor.active,
+        alarms=monitor.active if data.trace else None,
         past_alarms=monitor.past,
         missing=data.missing,
         warnings=data.warnings,

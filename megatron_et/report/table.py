@@ -1,13 +1,15 @@
 """A report as text: for the terminal (rich) and as Markdown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from megatron_et.alarms import Alarm, details, grouped, headline
 from megatron_et.report.summary import PHASE_NAMES, RECENT_LOSSES, FinalLoss, LayerSummary, Summary
 
 # Wide enough for the table where the output is a file or a pipe, which have no width of their own.
@@ -42,7 +44,16 @@ def header(summary: Summary) -> list[tuple[str, str]]:
     lines += [(f"{name} loss", _loss(loss)) for name, loss in summary.validation_losses.items()]
     if phases := _phases(summary):
         lines.append(("phases", phases))
+    if summary.alarms is not None:
+        lines.append(("alarms", alarm_count(summary)))
     return lines
+
+
+def alarm_count(summary: Summary) -> str:
+    """Which rules hold, and how many held."""
+    on = [group[0].rule for group in grouped(summary.alarms or [])]
+    past = len(grouped(summary.past_alarms))
+    return (f"{len(on)} on: {', '.join(on)}" if on else "none on") + (f"; {past} past" if past else "")
 
 
 def columns(summary: Summary) -> list[Column]:
@@ -80,10 +91,22 @@ def print_summary(summary: Summary, console: Console) -> None:
         for layer in summary.layers:
             table.add_row(*(column.cell(layer) for column in columns(summary)))
         console.print(table)
+    for group in grouped(summary.alarms or []):
+        print_alarm(group, console)
+    for group in grouped(summary.past_alarms):
+        console.print(f"past alarm: {headline(group)}", markup=False, soft_wrap=True)
     for sentence in summary.missing:
         console.print(f"missing: {sentence}", style="yellow", markup=False, soft_wrap=True)
     for sentence in summary.warnings:
         console.print(f"warning: {sentence}", style="yellow", markup=False, soft_wrap=True)
+
+
+def print_alarm(group: Sequence[Alarm], console: Console) -> None:
+    """One rule's alarms: where, what was seen, what to do."""
+    console.print(f"ALARM: {headline(group)}", style="bold red", markup=False, soft_wrap=True)
+    for line in details(group):
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
+    console.print(Padding(Text(f"remedy: {group[0].remedy}"), (0, 0, 0, 2)))
 
 
 def stdout_console() -> Console:
@@ -101,6 +124,11 @@ def markdown(summary: Summary) -> str:
         rows = [heads, ["---:"] * len(heads)]
         rows += [[column.cell(layer) for column in columns(summary)] for layer in summary.layers]
         blocks += [caption(summary) + ":", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+    for group in grouped(summary.alarms or []):
+        lines = [f"**Alarm: {headline(group)}**", "", *(f"- {line}" for line in details(group))]
+        blocks.append("\n".join([*lines, f"- remedy: {group[0].remedy}"]))
+    if summary.past_alarms:
+        blocks.append("\n".join(f"- past alarm: {headline(group)}" for group in grouped(summary.past_alarms)))
     if summary.missing:
         blocks.append("\n".join(f"Missing: {sentence}." for sentence in summary.missing))
     return "\n\n".join(blocks) + "\n"

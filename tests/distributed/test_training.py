@@ -20,6 +20,7 @@ from megatron_et import __version__
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.metrics import METRICS
+from megatron_et.report.tags import VERSIONS_TEXT
 from tests.distributed.runs import (
     GPT_ARGS,
     MOE_LAYERS,
@@ -127,7 +128,7 @@ def charts_drawn(folder: Path) -> dict[str, int]:
 
 @pytest.mark.smoke
 def test_tensorboard_finds_every_series_of_the_ready_made_charts(base: tuple[Run, Path]) -> None:
-    from megatron_et.host.tensorboard import VERSIONS_TEXT, layout
+    from megatron_et.host.tensorboard import layout
 
     _, folder = base
     found = charts_drawn(folder / "tb")

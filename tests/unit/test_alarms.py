@@ -106,7 +106,7 @@ def test_a_dead_expert() -> None:
         [0],
         10,
         None,
-        "expert 0: no token in the last 10 logged steps, target 25 % of tokens",
+        "expert 0: no token, target 25 % of tokens, 10 logged steps, 10 to 100",
         RULES[0].remedy,
     )
     assert started == monitor.active == [dead]
@@ -151,8 +151,11 @@ def test_thresholds_drifting(phase: str) -> None:
     assert run(steps[:-1])[1] == []
     (alarm,) = run(steps)[1]
     assert (alarm.rule, alarm.experts, alarm.since) == ("thresholds drifting", [0, 1, 2, 3], 1)
-    assert "4 of 4 experts lay below their thresholds and of 0 above: 0.155 logits" in alarm.seen
-    assert "0.055 in the earlier; their load is off by 15 % of the target" in alarm.seen
+    assert (
+        "4 of 4 experts always lay below their thresholds and of 0 above, by 0.055 and then 0.155"
+        in alarm.seen
+    )
+    assert "their load is off by 15 % of the target; 20 logged steps, 1 to 20" in alarm.seen
 
 
 def test_a_lag_that_costs_no_load_is_no_drift() -> None:
@@ -176,7 +179,7 @@ def test_the_guard_may_restart_once_but_not_on_and_on() -> None:
     assert run(often[:-1])[1] == []
     (alarm,) = run(often)[1]
     assert (alarm.rule, alarm.since) == ("guard restarting often", 50)
-    assert "3 of 4 within the last 100 batches" in alarm.seen
+    assert "3 of 4 within 100 batches, at step 350" in alarm.seen
 
 
 def test_a_warmup_that_was_too_short() -> None:
@@ -312,7 +315,12 @@ def test_alarms_of_one_rule_share_a_headline() -> None:
     (group,) = alarms.grouped(started)
     assert alarms.headline(group) == "load off target in layers 2, 3, 4, 5, 6, 7 and 3 more, since step 1"
     assert alarms.headline(group[:1]) == "load off target in layer 2, since step 1"
-    assert alarms.details(group[:2]).count("layer ") == 2
+    assert [line.split(":")[0] for line in alarms.details(group)] == [
+        *(f"layer {n}" for n in range(2, 10)),
+        "and 1 more",
+    ]
+    past = [replace(alarm, until=50 + alarm.layer) for alarm in group[:2]]
+    assert alarms.headline(past) == "load off target in layers 2, 3, steps 1 to 53"
 
 
 def test_remedies_name_flags_that_exist() -> None:

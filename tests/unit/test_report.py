@@ -3,12 +3,15 @@
 S logged steps, T tokens, E experts, L layers.
 """
 
+import base64
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ from megatron_et.report.command import Report, make_report, print_report
 from megatron_et.report.plots import MAX_HEATMAP_EXPERTS, MAX_HEATMAP_STEPS, _heat_map
 from megatron_et.report.read import read_run, read_tensorboard
 from megatron_et.report.summary import METRICS, Summary, layer_histories, summarise, trace_metrics
+from megatron_et.report.table import columns
+from megatron_et.report.tags import ALARM_TEXT, VERSIONS_TEXT
 from megatron_et.report.trace import LayerTrace, read_traces
 
 ALL_PNGS = ["loss.png", "usage.png", "thresholds.png", "fanout.png", "no_expert.png"]
@@ -536,6 +541,170 @@ def test_printed_report_is_whole_in_a_pipe(tmp_path: Path, capsys: pytest.Captur
     assert "…" not in out
 
 
+# --- alarms ---
+
+
+def sick_trace(run: Path, **changes: Any) -> list[dict[str, Any]]:
+    """Expert 0 of layer 3 gets twice its share from step 50 on."""
+    records = [record(10 * n, E=4, layers=(2, 3)) for n in range(1, 16)]
+    for line in records:
+        for layer in line["layers"].values():
+            layer |= {"usage": [0.25] * 4, "at_bound": [0.0] * 4}
+        if line["step"] >= 50:
+            line["layers"]["3"]["usage"] = [0.5, 0.2, 0.2, 0.1 + 0.06]
+        line |= changes
+    write_trace(run, records)
+    return records
+
+
+def test_alarms_are_in_every_form_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sick_trace(tmp_path)
+    report = make_report(tmp_path)
+    print_report(report)
+    alarms = json.loads(report.json.read_text())["alarms"]
+    assert [(a["rule"], a["layer"], a["experts"], a["since"], a["until"]) for a in alarms] == [
+        ("load off target", 3, [0], 50, None)
+    ]
+    headline = "load off target in layer 3, since step 50"
+    out = capsys.readouterr().out
+    assert f"ALARM: {headline}" in out
+    assert "1 on: load off target" in out
+    for text in (out, report.markdown.read_text(), report.html.read_text()):
+        flat = " ".join(re.sub("<[^>]*>", "", text).split())
+        assert headline in flat
+        assert "expert 0: load 2.00 times the target of 25 % of tokens, mean of 10 logged steps" in flat
+        assert alarms[0]["remedy"] in flat.replace("&#x27;", "'")
+
+
+def test_past_alarms_are_told_as_past(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = sick_trace(tmp_path)
+    healthy = json.dumps(records[0])
+    records += [{**json.loads(healthy), "step": 1000 + step} for step in range(30)]
+    write_trace(tmp_path, records)
+    report = make_report(tmp_path)
+    print_report(report)
+    assert report.summary.alarms == []
+    headline = "load off target in layer 3, steps 50 to 1019"
+    out = capsys.readouterr().out
+    assert f"past alarm: {headline}" in out
+    assert "none on; 1 past" in out
+    assert headline in report.markdown.read_text()
+    assert headline in report.html.read_text()
+
+
+def test_layers_that_were_not_logged_at_a_step_do_not_stop_the_alarms(tmp_path: Path) -> None:
+    records = sick_trace(tmp_path)
+    del records[0]["layers"]["2"]
+    write_trace(tmp_path, records)
+    assert [alarm.layer for alarm in summary_of(tmp_path).alarms or []] == [3]
+
+
+@pytest.mark.parametrize(
+    ("make", "status"),
+    [
+        (sick_trace, 3),
+        (lambda run: write_run(run, phases(0, 0, 3)), 0),
+        (lambda run: write_events(run, losses()), 2),
+    ],
+    ids=["alarm", "healthy", "no-trace"],
+)
+def test_fail_on_alarm(
+    tmp_path: Path, make: Callable[[Path], object], status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert cli.main(["report", str(tmp_path), "--fail-on-alarm"]) == status
+    assert ("--fail-on-alarm needs a trace" in capsys.readouterr().err) == (status == 2)
+
+
+# --- the page ---
+
+VOID = {"meta", "img", "br", "rect", "circle", "line"}
+
+
+class Page(HTMLParser):
+    """What a browser would build; every element must be closed where it should be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.cells: list[str] = []
+        self.data: dict[str, str] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag == "td":
+            self.cells.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, _: list[tuple[str, str | None]]) -> None:
+        assert tag in VOID
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.data[self.open[-1] if self.open else ""] = data
+        if "td" in self.open:
+            self.cells[-1] += data
+
+
+def test_the_page_needs_nothing_else_and_holds_the_same_numbers(tmp_path: Path) -> None:
+    run = tmp_path / "a <b> & 'c'"
+    write_run(run, phases(2, 0, 5))
+    arguments = {"world_size": 8, "moe_et_warmup_steps": 20, "</script>": 1}
+    write_events(run / "arguments", {"lm loss": [(70, 4.3)]}, arguments)
+    report = make_report(run)
+    text = report.html.read_text()
+    page = Page(text)
+    assert text.startswith("<!doctype html>")
+    assert page.data["h1"] == run.name
+    # Nothing to load: pictures are in the page, and the policy forbids all else.
+    assert len(page.references) == len(report.pngs)
+    for reference, png in zip(page.references, report.pngs, strict=True):
+        kind, _, data = reference.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data) == png.read_bytes()
+    assert not re.search(r"https?:|url\(|@import|<link", text)
+    assert "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\"" in text
+    # The numbers are summary.json's: as data, and as shown.
+    assert json.loads(page.data["script"]) == json.loads(report.json.read_text())
+    for layer in report.summary.layers:
+        shown = [column.cell(layer) for column in columns(report.summary)]
+        at = page.cells.index(shown[0])
+        assert page.cells[at : at + len(shown) + 1] == [shown[0], "", *shown[1:]]
+    at = page.cells.index("world_size")
+    assert page.cells[at : at + 2] == ["world_size", "8"]
+    assert "none on" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_of_a_topk_run_has_no_alarms_and_no_layers(tmp_path: Path) -> None:
+    write_events(tmp_path, losses(), {"num_experts": 16, "moe_router_topk": 2})
+    text = make_report(tmp_path).html.read_text()
+    Page(text)
+    assert "<h2>Alarms" not in text
+    assert "<h2>Loss" in text
+
+
+def test_the_versions_that_trained_are_no_argument(tmp_path: Path) -> None:
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_text(VERSIONS_TEXT, "megatron_et 0.1.0, <torch> 9")
+    writer.add_text(ALARM_TEXT, "one", 5)
+    writer.add_text("seed", "3")
+    writer.add_scalar("lm loss", 1.0, 10)
+    writer.close()
+    data = read_run(tmp_path)
+    assert data.tensorboard.arguments == {"seed": "3"}
+    assert data.tensorboard.versions == "megatron_et 0.1.0, <torch> 9"
+    assert "megatron_et 0.1.0, &lt;torch&gt; 9" in make_report(tmp_path).html.read_text()
+
+
 # --- the command ---
 
 
@@ -544,7 +713,7 @@ def test_command_reports_and_returns_zero(tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out"), "--last-steps", "3"]) == 0
     assert "mean over 3 logged steps, 40 to 60" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        [*ALL_PNGS, "summary.json", "summary.md"]
+        [*ALL_PNGS, "summary.json", "summary.md", "report.html"]
     )
 
 

@@ -1,0 +1,1 @@
+"""`megatron-et watch`: a live terminal view of a run."""

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from rich.text import Text
@@ -35,10 +36,11 @@ class Glyphs:
     target: str
     beyond: str
     levels: str
+    overflow: Literal["ellipsis", "crop"]
 
 
-UNICODE = Glyphs("━", "●", "┃", "▶", "▁▂▃▄▅▆▇█")
-ASCII = Glyphs("=", "o", "|", ">", ".:-=+*#@")
+UNICODE = Glyphs("━", "●", "┃", "▶", "▁▂▃▄▅▆▇█", "ellipsis")
+ASCII = Glyphs("=", "o", "|", ">", ".:-=+*#@", "crop")
 
 
 def frame(
@@ -65,7 +67,7 @@ def frame(
         lines += _fitted(alarms, for_alarms)
     lines += [Text(), Text(footer, "dim")]
     for line in lines:
-        line.truncate(width, overflow="ellipsis")
+        line.truncate(width, overflow=glyphs.overflow)
     return lines if height is None else lines[:height]
 
 
@@ -76,7 +78,7 @@ def _top(state: Watched, width: int, now: float, glyphs: Glyphs) -> list[Text]:
     last = state.last
     right = "waiting" if last is None else f"step {last.step:,}  {PHASE_NAMES[last.phase]}"
     title = Text(f"megatron-et watch  {state.run}")
-    title.truncate(max(width - len(right) - 2, 0), overflow="ellipsis", pad=True)
+    title.truncate(max(width - len(right) - 2, 0), overflow=glyphs.overflow, pad=True)
     lines = [Text.assemble((title.plain, "bold"), "  ", (right, "bold cyan"))]
     facts = []
     if last is not None and state.target is not None and state.topk is not None:
@@ -130,7 +132,7 @@ def _table(state: Watched, last: Step, width: int, most: int, glyphs: Glyphs) ->
         rows.append(_row(state, last, i, last.layers[i] in alarmed, fanout_SL, glyphs))
     if folded:
         rest = len(order) - len(shown)
-        rows.append(Text(f"  ... {rest} more layers, all of them nearer to the target", "dim"))
+        rows.append(Text(f"  ... {rest} more layers; the worst are shown", "dim"))
     rows.append(_overall(state, last, fanout_SL, glyphs))
     return rows
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_et.alarms import Monitor
 from megatron_et.metrics import METRICS, PHASES, LayerBatch, overall, pack, width
 from megatron_et.report import trace as traces
+from megatron_et.report.tags import ALARM_TEXT
 from megatron_et.statistics import BatchCounts, BatchRecord
 from tests.megatron_here import needs_training
 
@@ -392,6 +395,131 @@ def test_topk_logs_nothing(
     due = Due(one_process, monkeypatch, tmp_path, moe_router_type="topk")
     due.steps(12)
     assert (due.gathered, traced(tmp_path), due.written, capsys.readouterr().out) == (0, [], [], "")
+
+
+class RecordingWandb:
+    """What Megatron's W&B writer, the module wandb, is asked for: signatures of wandb 0.31."""
+
+    def __init__(self) -> None:
+        self.logged: dict[int, dict[str, float]] = {}
+        self.alerts: list[tuple[str, str]] = []
+
+    def log(
+        self,
+        data: dict[str, Any],
+        step: int | None = None,
+        commit: bool | None = None,
+        sync: bool | None = None,
+    ) -> None:
+        assert (commit, sync) == (None, None)
+        assert step is not None
+        # W&B drops what comes for a step before the last one.
+        assert step >= max(self.logged, default=0)
+        self.logged.setdefault(step, {}).update(data)
+
+    def alert(self, title: str, text: str, level: Any = None, wait_duration: Any = None) -> None:
+        assert (level, wait_duration) == (None, None)
+        self.alerts.append((title, text))
+
+
+class Writers(Due):
+    """With a real TensorBoard writer, a recording W&B, and layers whose expert 0 takes every token."""
+
+    def __init__(self, logging: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, **settings: Any) -> None:
+        from megatron.training import global_vars
+        from torch.utils.tensorboard import SummaryWriter
+
+        write_scalars = logging._write_scalars
+        super().__init__(
+            logging, monkeypatch, folder, **{"log_interval": 1, "tensorboard_log_interval": 2, **settings}
+        )
+        monkeypatch.setattr(logging, "_write_scalars", write_scalars)
+        monkeypatch.setattr(logging, "_MONITOR", Monitor())
+        self.folder, self.writer, self.wandb = (
+            folder / "tb",
+            SummaryWriter(str(folder / "tb")),
+            RecordingWandb(),
+        )
+        monkeypatch.setattr(global_vars, "get_tensorboard_writer", lambda: self.writer)
+        monkeypatch.setattr(global_vars, "get_wandb_writer", lambda: self.wandb)
+
+    def _gather(self, _: Any) -> dict[int, LayerBatch]:
+        batch = on_host(record([[True, False]] * 400, experts=2, thresholds=[NAN, 1.0]))
+        return {2: batch, 7: batch}
+
+    def events(self) -> EventAccumulator:
+        self.writer.close()
+        return EventAccumulator(str(self.folder)).Reload()
+
+
+@needs_training
+def test_wandb_gets_what_tensorboard_gets(
+    one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through Megatron's own writers, at the same steps; a NaN (no threshold yet) goes to neither."""
+    run = Writers(one_process, monkeypatch, tmp_path)
+    run.steps(4)
+    unknown = {"threshold_min", "threshold_mean", "threshold_max", "cutoff_gap"}
+    names = {
+        f"moe/{name}{layer}" for name in set(METRICS) - unknown for layer in ("", "_layer_2", "_layer_7")
+    }
+    names |= {"moe/expert_usage_target", "moe/fanout_target", "moe/alarms"}
+    assert {step: set(values) for step, values in run.wandb.logged.items()} == {2: names, 4: names}
+    assert run.wandb.logged[4]["moe/expert_usage_target"] == 0.5
+    events = run.events()
+    for name in names:
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx({step: values[name] for step, values in run.wandb.logged.items()})
+
+
+@needs_training
+def test_an_alarm_is_said_once_and_everywhere(
+    one_process: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Writers(one_process, monkeypatch, tmp_path)
+    run.steps(30)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "ALARM" in line)
+    title = "dead expert in layers 2, 7, since step 1"
+    assert said.startswith(f" [megatron_et] iteration       10 | ALARM: {title}: layer 2: expert 1: no token")
+    assert "; layer 7: expert 1: no token" in said
+    assert ". Remedy: its threshold sinks" in said
+    ((alert_title, text),) = run.wandb.alerts
+    assert alert_title == f"megatron_et: {title}"
+    assert text.removeprefix("iteration 10: ") in said
+    assert {
+        step: values["moe/alarms"] for step, values in run.wandb.logged.items() if step in (8, 10, 30)
+    } == {
+        8: 0.0,
+        10: 2.0,
+        30: 2.0,
+    }
+    (written,) = run.events().Tensors(f"{ALARM_TEXT}/text_summary")
+    assert written.step == 10
+    assert written.tensor_proto.string_val[0].decode().startswith(title)
+    # What the trace says by itself.
+    monitor = Monitor()
+    for line in (tmp_path / "et_trace.jsonl").read_text().splitlines():
+        monitor.observe(traces.parse_record(json.loads(line)).observation())
+    assert monitor.active == one_process._MONITOR.active
+
+
+@needs_training
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"tensorboard_dir": None, "wandb_project": ""}])
+def test_alarms_need_neither_this_rank_nor_writers(
+    one_process: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Other ranks say nothing; without writers the console still does."""
+    run = Writers(one_process, monkeypatch, tmp_path, **settings)
+    if "rank" not in settings:
+        run.writer = run.wandb = None  # type: ignore[assignment]
+    run.steps(12)
+    assert ("ALARM" in capsys.readouterr().out) == ("rank" not in settings)
+    if "rank" in settings:
+        assert (run.wandb.logged, run.wandb.alerts) == ({}, [])
 
 
 def test_the_console_line_bears_a_batch_without_thresholds() -> None:

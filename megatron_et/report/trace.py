@@ -193,7 +193,7 @@ def _parse_layer(step: int, phase: str, E: int, values: dict[str, Any]) -> Layer
         threshold_E=_vector("threshold", values["threshold"], E).astype(np.float32),
         cutoff_E=_vector("cutoff", values["cutoff"] or [None] * E, E).astype(np.float32),
         at_bound_E=_vector("at_bound", values["at_bound"], E).astype(np.float32),
-        # Traces of megatron_et before 0.1.0's release lack it.
+        # Older traces lack it.
         restarted=int(values.get("restarted", 0)),
         fanout_histogram_F=histogram[: np.max(np.nonzero(histogram), initial=0) + 1],
     )

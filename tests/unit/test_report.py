@@ -557,6 +557,15 @@ def sick_trace(run: Path, **changes: Any) -> list[dict[str, Any]]:
     return records
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without plots, which take a second."""
+    from megatron_et.report import plots
+
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_alarms_are_in_every_form_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sick_trace(tmp_path)
     report = make_report(tmp_path)
@@ -576,6 +585,7 @@ def test_alarms_are_in_every_form_of_the_report(tmp_path: Path, capsys: pytest.C
         assert alarms[0]["remedy"] in flat.replace("&#x27;", "'")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_past_alarms_are_told_as_past(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = sick_trace(tmp_path)
     healthy = json.dumps(records[0])
@@ -608,6 +618,7 @@ def test_layers_that_were_not_logged_at_a_step_do_not_stop_the_alarms(tmp_path: 
     ],
     ids=["alarm", "healthy", "no-trace"],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_fail_on_alarm(
     tmp_path: Path, make: Callable[[Path], object], status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -155,7 +155,8 @@ class Window:
     @cached_property
     def gap_SLE(self) -> Array:
         """Cutoff less threshold, logits."""
-        return self._stack("cutoff_LE") - self._stack("threshold_LE")
+        with np.errstate(invalid="ignore"):  # two infinities
+            return self._stack("cutoff_LE") - self._stack("threshold_LE")
 
     @cached_property
     def at_bound_SL(self) -> Array:
@@ -283,14 +284,15 @@ def warmup_too_short(window: Window) -> Iterator[Finding]:
     error_SL = np.abs(window.load_SLE[-SWITCH:] - 1).mean(axis=2)
     far = max(LOAD_OFF, SAMPLING_SDS / math.sqrt(window.k))
     for row in np.flatnonzero((error_SL > far).all(axis=0)):
-        gap = np.ma.masked_invalid(np.abs(window.gap_SLE[-SWITCH:, row])).mean()
+        gap_SE = np.abs(window.gap_SLE[-SWITCH:, row])
+        known = gap_SE[np.isfinite(gap_SE)]
+        gap = f", and cutoffs {known.mean():.3g} logits from their thresholds" if known.size else ""
         yield Finding(
             int(row),
             [],
             window.step(SWITCH),
             f"in the first {SWITCH} logged steps after the warm-up loads were off by "
-            f"{_percent(error_SL[:, row].mean())} of the target on average, and cutoffs {gap:.3g} logits "
-            "from their thresholds",
+            f"{_percent(error_SL[:, row].mean())} of the target on average{gap}",
         )
 
 

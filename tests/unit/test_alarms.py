@@ -285,6 +285,7 @@ def test_unknown_thresholds_and_cutoffs_raise_no_alarm_and_no_warning() -> None:
         Observation.of(n, "warmup" if n < 3 else "threshold", 64, 1, {2: row}) for n in range(1, WINDOW + 5)
     ]
     assert run(steps)[1] == []
+    assert run(replace(step, cutoff_LE=step.cutoff_LE + np.inf) for step in steps)[1] == []
     # At the switch, with loads that are off and no cutoff to tell of.
     far = replace(row, usage_E=np.array([0.9, 0.0, 0.05, 0.05]))
     steps = [

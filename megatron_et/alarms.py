@@ -414,7 +414,7 @@ class Monitor:
             self._courses[key] = _Course(alarm, on, quiet=0)
             if on and not was_on:
                 started.append(alarm)
-        for key in self._courses.keys() - found.keys():
+        for key in [known for known in self._courses if known not in found]:
             self._rest(key, now.step)
         return started
 

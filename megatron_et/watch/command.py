@@ -49,12 +49,15 @@ def run(args: argparse.Namespace) -> int:
     if args.run.exists() and not args.run.is_dir():
         return _refuse(f"{args.run} is not a folder: give the one that holds the run's logs, or will")
     state = Watched(args.run, args.tensorboard_dir, args.trace)
-    if args.once:
-        return _once(state, console)
-    if not console.is_terminal:
-        return _refuse("standard output is no terminal: give --once for a single frame")
-    with contextlib.suppress(KeyboardInterrupt):
-        _live(state, console, args.interval)
+    try:
+        if args.once:
+            return _once(state, console)
+        if not console.is_terminal:
+            return _refuse("standard output is no terminal: give --once for a single frame")
+        with contextlib.suppress(KeyboardInterrupt):
+            _live(state, console, args.interval)
+    except OSError as error:
+        return _refuse(str(error))
     return 0
 
 

@@ -443,6 +443,7 @@ def test_once_without_anything_to_show_says_so(tmp_path: Path, capsys: pytest.Ca
         (["{tmp}", "--interval", "nan"], "--interval is nan"),
         (["{tmp}/file"], "file is not a folder"),
         (["{tmp}"], "standard output is no terminal: give --once"),
+        (["{tmp}", "--once", "--trace", "{tmp}"], "Is a directory"),
     ],
 )
 def test_command_fails_with_one_sentence(

@@ -83,12 +83,15 @@ class Observation:
     @classmethod
     def of(cls, step: int, phase: str, tokens: int, topk: int, rows: Mapping[int, Row]) -> "Observation":
         """From the rows of all layers by number; at least one."""
-        stacked = [
+        usage_LE, threshold_LE, cutoff_LE, at_bound_LE = (
             np.stack([getattr(row, name) for row in rows.values()], dtype=np.float32, casting="same_kind")
             for name in ("usage_E", "threshold_E", "cutoff_E", "at_bound_E")
-        ]
+        )
         restarted_L = np.array([row.restarted for row in rows.values()])
-        return cls(step, phase, tokens, topk, tuple(rows), *stacked, restarted_L)
+        layers = tuple(rows)
+        return cls(
+            step, phase, tokens, topk, layers, usage_LE, threshold_LE, cutoff_LE, at_bound_LE, restarted_L
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import select
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -103,7 +104,7 @@ class _Keys:
     """Single key presses, as long as it is entered; nothing is read where standard input is no terminal."""
 
     def __enter__(self) -> "_Keys":
-        self._restore: list[object] | None = None
+        self._restore: list[Any] | None = None
         if sys.stdin.isatty():
             import termios
             import tty

@@ -5,14 +5,14 @@ L MoE layers.
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.text import Text
 
-from megatron_et.alarms import Alarm, details, grouped, headline
+from megatron_et.alarms import Alarm, Array, details, grouped, headline
 from megatron_et.report.trace import TRACE_NAME
 from megatron_et.watch.state import Step, Watched
 
@@ -150,15 +150,19 @@ def _far(state: Watched, last: Step, i: int) -> float:
     return float(max(high / state.target - 1, 1 - low / state.target))
 
 
-def _row(state: Watched, last: Step, i: int, alarmed: bool, fanout_SL: np.ndarray, glyphs: Glyphs) -> Text:
+def _row(state: Watched, last: Step, i: int, alarmed: bool, fanout_SL: Array, glyphs: Glyphs) -> Text:
     values = {name: float(vector[i]) for name, vector in last.metrics.items()}
     style = "red" if alarmed else "yellow" if _far(state, last, i) > NOTED else ""
     fanout_S = fanout_SL[:, i] if fanout_SL.size else np.array([])
     return _line(f"{last.layers[i]:>5}", values, fanout_S, state, glyphs, style)
 
 
-def _overall(state: Watched, last: Step, fanout_SL: np.ndarray, glyphs: Glyphs) -> Text:
-    how = {"expert_usage_min": np.nanmin, "expert_usage_max": np.nanmax, "dead_experts": np.nansum}
+def _overall(state: Watched, last: Step, fanout_SL: Array, glyphs: Glyphs) -> Text:
+    how: dict[str, Callable[[Array], Any]] = {
+        "expert_usage_min": np.nanmin,
+        "expert_usage_max": np.nanmax,
+        "dead_experts": np.nansum,
+    }
     values = {
         name: float(how.get(name, np.nanmean)(vector)) if np.isfinite(vector).any() else math.nan
         for name, vector in last.metrics.items()
@@ -168,7 +172,7 @@ def _overall(state: Watched, last: Step, fanout_SL: np.ndarray, glyphs: Glyphs) 
 
 
 def _line(
-    label: str, values: dict[str, float], fanout_S: np.ndarray, state: Watched, glyphs: Glyphs, style: str
+    label: str, values: dict[str, float], fanout_S: Array, state: Watched, glyphs: Glyphs, style: str
 ) -> Text:
     usage = [values[f"expert_usage_{part}"] for part in ("min", "mean", "max")]
     cells = " ".join(f"{_short(100 * share):>5}" for share in usage)

@@ -82,7 +82,7 @@ def test_loads_drawn_at_target_raise_no_alarm(
 def test_a_simulated_healthy_run_raises_no_alarm(uneven: float) -> None:
     """Through the package's own rule, statistics and EMA: warm-up, anneal, thresholds with capacity."""
     settings_ = {"warmup_steps": 30, "warmup_anneal_steps": 10, "ema_decay": 0.9, "capacity_factor": 0.5}
-    monitor, started = run(observations(120, uneven=uneven, layers=(2, 3), E=16, T=2048, **settings_))
+    monitor, started = run(observations(120, uneven=uneven, layers=(2, 3), E=16, T=1024, **settings_))
     assert (started, monitor.active, monitor.past) == ([], [], [])
 
 

@@ -7,8 +7,8 @@ trained on it: a SentencePiece BPE model, and a byte-level BPE tokenizer for Meg
 (if the package transformers is there). Both programs get the same file, tokenizer and number of workers, take
 turns, and have to write the same bytes. Speed is by each program's own clock, which leaves out start-up
 (Megatron's program imports PyTorch, which says nothing about a long run): Megatron's runs from its first
-document to its last, ours also over the start of the workers and the writing of the index. Beside it stand the
-whole command's wall and CPU time; the latter is what a busy machine disturbs least. Writes
+document to its last, ours also over the start of the workers and the writing of the index. Beside it stand
+the whole command's wall and CPU time; the latter is what a busy machine disturbs least. Writes
 prepare_throughput.csv and .md into benchmarks/results.
 """
 
@@ -240,9 +240,9 @@ def report(rows: Sequence[Row], where: dict[str, str]) -> str:
             "",
             f"One JSONL file of {rows[0].text_bytes / 1e6:.1f} MB of text, code and prose; vocabularies of "
             f"{VOCABULARY:,}. Both programs wrote the same .bin and .idx, byte by byte. Medians of {rounds} "
-            "runs of each by turns. tokens/s by each program's own clock, without start-up; CPU and wall time of "
-            "the whole command, start-up included. Words are learnt anew in every run and worker (docs/data.md): "
-            "a longer input gains more.",
+            "runs of each by turns. tokens/s by each program's own clock, without start-up; CPU and wall time "
+            "of the whole command, start-up included. Words are learnt anew in every run and worker "
+            "(docs/data.md): a longer input gains more.",
             "",
             *(f"| {' | '.join(cells)} |" for cells in table),
             "",

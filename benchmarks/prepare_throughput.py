@@ -1,13 +1,15 @@
 """`megatron-et prepare` and Megatron-LM's tools/preprocess_data.py on the same input, side by side.
 
-    python -m benchmarks.prepare_throughput --megatron /path/to/Megatron-LM [--megabytes 24] [--rounds 3]
+    python -m benchmarks.prepare_throughput --megatron /path/to/Megatron-LM [--megabytes 34] [--rounds 3]
 
 The corpus is this Python's own sources and documentation (megatron_et/data/corpus.py), the tokenizers are
 trained on it: a SentencePiece BPE model, and a byte-level BPE tokenizer for Megatron's HuggingFaceTokenizer
 (if the package transformers is there). Both programs get the same file, tokenizer and number of workers, take
-turns, and have to write the same bytes. Start-up is measured on one document and taken off: Megatron's
-program imports PyTorch, which says nothing about a long run. Writes prepare_throughput.csv and .md into
-benchmarks/results.
+turns, and have to write the same bytes. Speed is by each program's own clock, which leaves out start-up
+(Megatron's program imports PyTorch, which says nothing about a long run): Megatron's runs from its first
+document to its last, ours also over the start of the workers and the writing of the index. Beside it stand
+the whole command's wall and CPU time; the latter is what a busy machine disturbs least. Writes
+prepare_throughput.csv and .md into benchmarks/results.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,10 +30,12 @@ from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from benchmarks.faults.report import ROOT, environment
 from megatron_et.data.corpus import build_corpus
+from megatron_et.data.encoders import token_type
 from megatron_et.data.tokenizer import train_tokenizer
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -56,24 +62,27 @@ class Row:
     round: int
     program: str
     seconds: float
+    """By its own clock: of encoding, without start-up."""
+    command_seconds: float
     """Of the whole command."""
-    start_up_seconds: float
-    """Of the same command on one document: the median of as many runs."""
+    cpu_seconds: float
+    """Of the whole command and all its processes."""
     tokens: int
     text_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
         """Without start-up."""
-        return self.tokens / (self.seconds - self.start_up_seconds)
+        return self.tokens / self.seconds
 
 
-def megatron_command(megatron: Path, case: Case, source: Path, prefix: Path) -> list[str]:
-    """Megatron's program."""
+def megatron_command(megatron: Path, case: Case, source: Path, prefix: Path, documents: int) -> list[str]:
+    """Megatron's program, which is to say its speed at the last document."""
     kind = {"SentencePiece": "SentencePieceTokenizer", "Hugging Face": "HuggingFaceTokenizer"}
     return [
         *(sys.executable, str(megatron / "tools" / "preprocess_data.py"), "--append-eod"),
         *("--input", str(source), "--output-prefix", str(prefix), "--workers", str(case.workers)),
+        *("--log-interval", str(documents)),
         *("--tokenizer-type", kind[case.tokenizer], "--tokenizer-model", str(case.model)),
     ]
 
@@ -86,22 +95,37 @@ def prepare_command(case: Case, source: Path, prefix: Path) -> list[str]:
     ]
 
 
-def seconds_of(command: Sequence[str]) -> float:
-    """Runs a command to its end."""
+def run(command: Sequence[str]) -> tuple[str, float, float]:
+    """Runs a command to its end: what it said, its wall and its CPU seconds, children included."""
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     calm = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env = {**os.environ, **calm, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    began = time.perf_counter()
+    began, cpu_before = time.perf_counter(), cpu_of_children()
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{result.stderr[-3000:]}")
-    return seconds
+    return result.stdout + result.stderr, seconds, cpu_of_children() - cpu_before
+
+
+def cpu_of_children() -> float:
+    """CPU seconds of all processes that were started here and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def own_seconds(said: str, documents: int, tokens: int) -> float:
+    """How long encoding took by a program's own clock, from the speed that it prints at the end."""
+    if theirs := re.search(rf"^Processed {documents} documents \(([\d.]+) docs/s", said, re.MULTILINE):
+        return documents / float(theirs[1])
+    if ours := re.search(r" s, ([\d,]+) tokens/s$", said, re.MULTILINE):
+        return tokens / int(ours[1].replace(",", ""))
+    raise SystemExit(f"no speed in what the program said:\n{said[-3000:]}")
 
 
 def write_corpus(folder: Path, megabytes: float) -> Path:
     """Code and prose by turns, about so many MB of text, in one JSONL file."""
-    summary = build_corpus(folder, max_bytes_per_domain=int(megabytes * 1e6 / 2), progress=False)
+    summary = build_corpus(folder, max_bytes_per_domain=int(megabytes * 1e6 * 0.8), progress=False)
     path = folder / "corpus.jsonl"
     domains = [
         summary.paths[f"{d}.train"].read_text(encoding="utf-8").splitlines() for d in ("code", "prose")
@@ -140,40 +164,38 @@ def measure(
     case: Case, megatron: Path, source: Path, folder: Path, rounds: int, say: Callable[[str], None]
 ) -> list[Row]:
     """All runs of a case; raises SystemExit if the two programs' files differ."""
-    one = folder / "one.jsonl"
-    one.write_text(source.open(encoding="utf-8").readline(), encoding="utf-8")
-    commands: dict[str, Callable[[Path, Path], list[str]]] = {
-        "Megatron": lambda text, prefix: megatron_command(megatron, case, text, prefix),
-        "prepare": lambda text, prefix: prepare_command(case, text, prefix),
-    }
-    start_up: dict[str, list[float]] = {program: [] for program in PROGRAMS}
-    seconds: dict[str, list[float]] = {program: [] for program in PROGRAMS}
-    for _ in range(rounds):
-        for program in PROGRAMS:
-            start_up[program].append(seconds_of(commands[program](one, folder / f"{program}-one")))
-            seconds[program].append(seconds_of(commands[program](source, folder / program)))
-            say(f"{case.tokenizer}, {case.workers} workers, {program}: {seconds[program][-1]:.1f} s")
-    theirs, ours = folder / "Megatron_text_document", folder / "prepare"
-    for suffix in (".bin", ".idx"):
-        if Path(f"{theirs}{suffix}").read_bytes() != Path(f"{ours}{suffix}").read_bytes():
-            raise SystemExit(f"the two {suffix} files differ ({case.tokenizer}, {case.workers} workers)")
-    tokens = Path(f"{ours}.bin").stat().st_size // 2
     with source.open(encoding="utf-8") as lines:
-        text_bytes = sum(len(json.loads(line)["text"].encode()) for line in lines)
-    return [
-        Row(
-            case.tokenizer,
-            case.workers,
-            number,
-            program,
-            round(seconds[program][number], 3),
-            round(statistics.median(start_up[program]), 3),
-            tokens,
-            text_bytes,
-        )
-        for number in range(rounds)
-        for program in PROGRAMS
-    ]
+        sizes = [len(json.loads(line)["text"].encode()) for line in lines]
+    theirs, ours = folder / "megatron", folder / "prepare"
+    commands = {
+        "Megatron": megatron_command(megatron, case, source, theirs, len(sizes)),
+        "prepare": prepare_command(case, source, ours),
+    }
+    rows = []
+    for number in range(rounds):
+        for program in PROGRAMS:
+            said, seconds, cpu = run(commands[program])
+            size = Path(f"{theirs}_text_document.bin").stat().st_size
+            tokens = size // np.dtype(token_type(VOCABULARY)).itemsize
+            own = own_seconds(said, len(sizes), tokens)
+            rows.append(
+                Row(
+                    case.tokenizer,
+                    case.workers,
+                    number,
+                    program,
+                    round(own, 3),
+                    round(seconds, 3),
+                    round(cpu, 3),
+                    tokens,
+                    sum(sizes),
+                )
+            )
+            say(f"{case.tokenizer}, {case.workers} workers, {program}: {own:.1f} of {seconds:.1f} s")
+    for suffix in (".bin", ".idx"):
+        if Path(f"{theirs}_text_document{suffix}").read_bytes() != Path(f"{ours}{suffix}").read_bytes():
+            raise SystemExit(f"the two {suffix} files differ ({case.tokenizer}, {case.workers} workers)")
+    return rows
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -187,16 +209,16 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 def report(rows: Sequence[Row], where: dict[str, str]) -> str:
     """The results page."""
     head = ["tokenizer", "workers", "Megatron tokens/s", "prepare tokens/s", "prepare MB/s", "ratio", "range"]
-    head += ["whole command s: Megatron", "prepare"]
+    head += ["CPU s of the command: Megatron", "prepare", "wall s of the command: Megatron", "prepare"]
     table = [head, ["---"] * len(head)]
     for case in dict.fromkeys((row.tokenizer, row.workers) for row in rows):
-        theirs, ours = (
+        groups = [
             [row for row in rows if (row.tokenizer, row.workers) == case and row.program == program]
             for program in PROGRAMS
-        )
-        speeds = [statistics.median(row.tokens_per_second for row in group) for group in (theirs, ours)]
-        ratios = [b.tokens_per_second / a.tokens_per_second for a, b in zip(theirs, ours, strict=True)]
-        text_share = ours[0].text_bytes / ours[0].tokens / 1e6
+        ]
+        speeds = [statistics.median(row.tokens_per_second for row in group) for group in groups]
+        ratios = [b.tokens_per_second / a.tokens_per_second for a, b in zip(*groups, strict=True)]
+        text_share = groups[1][0].text_bytes / groups[1][0].tokens / 1e6
         table.append(
             [
                 case[0],
@@ -205,9 +227,11 @@ def report(rows: Sequence[Row], where: dict[str, str]) -> str:
                 f"{speeds[1] * text_share:.1f}",
                 f"{statistics.median(ratios):.2f}",
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
-                *(f"{statistics.median(row.seconds for row in group):.1f}" for group in (theirs, ours)),
+                *(f"{statistics.median(row.cpu_seconds for row in group):.1f}" for group in groups),
+                *(f"{statistics.median(row.command_seconds for row in group):.1f}" for group in groups),
             ]
         )
+    rounds = len({row.round for row in rows})
     return "\n".join(
         [
             "# Throughput of `megatron-et prepare`",
@@ -215,9 +239,10 @@ def report(rows: Sequence[Row], where: dict[str, str]) -> str:
             "Written by `python -m benchmarks.prepare_throughput`; every run is in prepare_throughput.csv.",
             "",
             f"One JSONL file of {rows[0].text_bytes / 1e6:.1f} MB of text, code and prose; vocabularies of "
-            f"{VOCABULARY:,}. Both programs wrote the same .bin and .idx, byte by byte. Speeds and ratio are "
-            f"medians of {len({row.round for row in rows})} runs of each by turns, without start-up, which "
-            "is measured on one document; the last columns are whole commands, start-up included.",
+            f"{VOCABULARY:,}. Both programs wrote the same .bin and .idx, byte by byte. Medians of {rounds} "
+            "runs of each by turns. tokens/s by each program's own clock, without start-up; CPU and wall time "
+            "of the whole command, start-up included. Words are learnt anew in every run and worker "
+            "(docs/data.md): a longer input gains more.",
             "",
             *(f"| {' | '.join(cells)} |" for cells in table),
             "",
@@ -233,7 +258,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--megatron", type=Path, required=True, help="a checkout of Megatron-LM")
-    parser.add_argument("--megabytes", type=float, default=24, help="text in the corpus (default 24)")
+    parser.add_argument(
+        "--megabytes", type=float, default=34, help="text in the corpus (default 34, about all there is)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program (default 3)")
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the two files")
@@ -241,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (options.megatron / "tools" / "preprocess_data.py").is_file():
         parser.error(f"{options.megatron} has no tools/preprocess_data.py: give a checkout of Megatron-LM")
     console = Console()
-    load = os.getloadavg()[0]
+    load = [os.getloadavg()[0]]
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -255,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for workers in options.workers:
                 case = Case(tokenizer, model, workers)
                 rows += measure(case, options.megatron, source, folder, options.rounds, console.print)
+    load.append(os.getloadavg()[0])
     packages = ("sentencepiece", "tokenizers", "transformers")
     versions = {
         name: importlib.metadata.version(name)
@@ -264,7 +292,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     commit = subprocess.run(
         ["git", "-C", str(options.megatron), "describe", "--tags", "--always"], capture_output=True, text=True
     )
-    where = environment() | versions | {"Megatron-LM": commit.stdout.strip(), "load before": f"{load:.1f}"}
+    where = (
+        environment()
+        | versions
+        | {
+            "Megatron-LM": commit.stdout.strip(),
+            "load average before and after": " and ".join(f"{value:.1f}" for value in load),
+        }
+    )
     options.results.mkdir(parents=True, exist_ok=True)
     write_csv(options.results / "prepare_throughput.csv", rows)
     text = report(rows, where)

@@ -196,7 +196,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("special_tokens", [True, False])
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(texts=st.lists(st.one_of(TEXTS, st.text("ab \n\t\r'.1\u3000\u0301<|eos>", max_size=30)), min_size=1))
 def test_hugging_face_ids_are_those_of_the_whole_text(
     tokenizer: str, texts: list[str], special_tokens: bool

@@ -27,7 +27,7 @@ pytestmark = [
 def test_a_preempted_job_goes_on_bitwise(tmp_path: Path) -> None:
     """Real Megatron on two nodes; many steps, so that the preemption falls into them on any machine."""
     with Cluster() as cluster:
-        assert prove(cluster, tmp_path, ["preempt"], steps=100) == []
+        assert prove(cluster, tmp_path, ["preempt"], steps=60) == []
 
 
 # Behaves as a rank of Megatron towards the scripts, starts at once and takes no CPU.

@@ -35,7 +35,7 @@ from benchmarks.faults.comparison import (
 from tests.slurm.cluster import Cluster, missing_programs
 
 MODEL = "d12"
-SAVE_INTERVAL = 10
+SAVE_INTERVAL = 6
 LIFE = 400  # seconds that a life may take on a busy machine, its start-up and the wait for nodes included
 FLAGS = f"--log-interval 1 --save-interval {SAVE_INTERVAL} --eval-interval 40 --eval-iters 1"
 
@@ -194,7 +194,8 @@ def interrupt(job: Job, events: Sequence[str]) -> list[Life]:
     ended_by: dict[int, str] = {}
     for event in events:
         life = job.restarts
-        job.wait_for_steps(SAVE_INTERVAL + 3, life)
+        # From its second save on a rank depends on Megatron's checkpoint helper.
+        job.wait_for_steps(SAVE_INTERVAL + 2, life)
         EVENTS[event](job)
         job.wait(lambda: job.restarts > life, "SLURM to queue the job again")  # noqa: B023
         ended_by[life] = event

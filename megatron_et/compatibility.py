@@ -56,8 +56,10 @@ class Refusal:
 
     def sentence(self) -> str:
         """What the user is told."""
-        what = f"{self.flag} cannot be combined with Expert Threshold routing"
-        return f"{what}: {self.why}. Remedy: {self.instead}."
+        return (
+            f"{self.flag} cannot be combined with Expert Threshold routing: {self.why}. "
+            f"Remedy: {self.instead}."
+        )
 
 
 def _get(name: str, default: Any = None) -> Callable[[Any], Any]:

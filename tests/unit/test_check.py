@@ -24,7 +24,7 @@ from megatron_et.check import flags, layers, packages, plugin, sizes
 from megatron_et.check.child import Child, ChildError
 from megatron_et.check.findings import NOTE, OK, PLAIN, REFUSED, Finding, Section, lines, refused
 from megatron_et.compatibility import REFUSALS
-from megatron_et.config import Quantile
+from megatron_et.config import ConfigError, Quantile
 from megatron_et.quantile import kth_largest_of_ranks
 from megatron_et.statistics import RouterStatistics
 from megatron_et.synchronize import start_reduction
@@ -346,10 +346,6 @@ def test_top_k_is_judged_by_megatron_alone(judge: Judge) -> None:
         ("--yaml-cfg run.yaml", "--yaml-cfg cannot be combined"),
         ("--moe-et-ema-decay 1", "--moe-et-ema-decay is 1.0"),
         ("--seq-length 3 --max-position-embeddings 4", "a micro-batch has 3 tokens on a rank"),
-        (
-            "--seq-length 56 --moe-router-padding-for-quantization",
-            "--moe-router-padding-for-quantization pads ",
-        ),
         ("--hidden-size 66", "Megatron's own checks, with this shell's environment variables: "),
         ("stray", "stray: belongs to no flag"),
     ],
@@ -357,6 +353,16 @@ def test_top_k_is_judged_by_megatron_alone(judge: Judge) -> None:
 def test_what_is_wrong_is_said_once(flag: str, sentence: str, judge: Judge) -> None:
     (said,) = texts(judge(f"{ET} {flag}"), REFUSED)
     assert said.startswith(sentence)
+
+
+def test_a_map_that_cannot_be_padded_is_refused(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron takes the flag in FP8 only, and that with Transformer Engine only: a stand-in refuses here."""
+
+    def refuse(_: argparse.Namespace) -> None:
+        raise ConfigError("48 tokens cannot be padded")
+
+    monkeypatch.setattr(flags.arguments, "check_padding", refuse)
+    assert texts(judge(ET), REFUSED) == ["48 tokens cannot be padded"]
 
 
 def test_megatrons_own_refusal_names_the_place(judge: Judge) -> None:

@@ -1,6 +1,6 @@
 """What Expert Threshold routing costs and needs on 64 to 16,384 GPUs: a model, and what it was checked against.
 
-    python benchmarks/scale_model.py [--measured FILE.csv] [--output DIR]    # the report, about 2 minutes
+    python benchmarks/scale_model.py [--measured FILE.csv] [--output DIR]    # the report, half a minute
     python benchmarks/scale_model.py measure [--scratch DIR] [--output DIR]  # real runs for its checks, 15 minutes
 
 The first writes scale_model.csv, .md and two plots from benchmarks/results/scale_measured.csv, which the

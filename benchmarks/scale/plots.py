@@ -45,7 +45,7 @@ def loads(get: Rows, target: Path) -> None:
     names = get.settings("loads")
     width = 0.8 / len(names)
     place = np.arange(len(SHAPES))
-    for i, (name, color) in enumerate(zip(names, COLORS, strict=True)):
+    for i, (name, color) in enumerate(zip(names, COLORS, strict=False)):
         at = place + (i - 0.5 * (len(names) - 1)) * width
         busiest = [get("loads", shape.name, LOAD_GPUS, name, "grouped_gemm") for shape in SHAPES]
         left.bar(at, busiest, width, color=color, label=name)

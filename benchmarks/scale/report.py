@@ -32,7 +32,7 @@ MODEL = f"""
   all its ranks wait for it in every layer. **Busiest direction**: the larger of rows sent and received by
   any rank.
 - **Step**: grouped GEMMs at the assumed efficiency, scaled by the busiest rank; the all-to-all either
-  hidden or not.
+  hidden or not. Inside a node every row is sent, across nodes a token once to each node that needs it.
 - **Memory**: rows kept for the backward pass by the first pipeline stage, which holds as many
   micro-batches as there are stages: about as many layer-micro-batches as the model has MoE layers. A
   sequence's common part is the same in all layers, everything else is independent, as measured below.
@@ -122,6 +122,11 @@ def write(
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _listed(gpus: Sequence[int]) -> str:
+    *first, last = (f"{number:,}" for number in gpus)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _findings(get: Rows) -> list[str]:
     most = GPUS[-1]
     holds = [
@@ -131,7 +136,8 @@ def _findings(get: Rows) -> list[str]:
         if get.statistic(shape.name, gpus, "once share")[0] < TARGET
     ]
     worst = max(SHAPES, key=lambda shape: get.statistic(shape.name, most, "once share")[0]).name
-    misses = [f"{s.name} on {g:,}" for s in SHAPES for g in GPUS if (s.name, g) not in holds]
+    missed = {s.name: [g for g in GPUS if (s.name, g) not in holds] for s in SHAPES}
+    misses = [f"{name} on {_listed(gpus)}" for name, gpus in missed.items() if gpus]
 
     def once(name: str) -> str:
         return percent(get("sensitivity", worst, most, name, "once share"), 2)
@@ -155,6 +161,9 @@ def _findings(get: Rows) -> list[str]:
         for p in POINTS
     ]
     tiny, uneven = "ET, text of the tiny GPT", "ET, uneven text (0.5 sd)"
+    topk = "top-k + aux loss, text of the tiny GPT"
+    traced = get("measured", "ET, C=0.5", 4, "", "at capacity bound, traced")
+    dropped = [get("C=0.5", s.name, LOAD_GPUS, tiny, "dropped") for s in SHAPES]
     acts = [get("C=0.5", s.name, LOAD_GPUS, uneven, "acts") for s in SHAPES]
     torch, triton = (f"{percent(min(c), 2)} to {percent(max(c), 2)}" for c in counting.values())
     return [
@@ -162,7 +171,7 @@ def _findings(get: Rows) -> list[str]:
         "",
         *prose(f"""
 - **Reduction + boundary stay below {percent(TARGET)} of a step in {len(holds)} of
-  {len(SHAPES) * len(GPUS)} cases** (shapes x GPUs, nothing hidden). Not for {", ".join(misses)}: there
+  {len(SHAPES) * len(GPUS)} cases** (shapes x GPUs, nothing hidden). Not for {"; ".join(misses)}: there
   the batch is as small as the layout allows and the step short. The worst, {worst} on {most:,} GPUs:
   {reduced:.0f} MB by {algorithm}, {once("as assumed")}; with the reduction hidden
   {once("the reduction hidden")}. int32 counts alone would make it {once("int32 counts")}, a tenth of the
@@ -174,22 +183,30 @@ def _findings(get: Rows) -> list[str]:
   `triton` at most {triton}, which is a bound, not a measurement. Everything together below
   {percent(TARGET)} is out of reach for many small experts with torch, and hangs on the fused kernel.
 - **Busiest rank under ET**: {span("ET, independent tokens", "grouped_gemm")} of forced balance if tokens
-  were independent, {span(tiny, "grouped_gemm")} with the text of the tiny GPT,
-  {span(uneven, "grouped_gemm")} if sequences are as uneven as docs/choosing.md supposes. Step, all-to-all
-  hidden: {span(tiny, "step_hidden")} and {span(uneven, "step_hidden")}.
+  were independent, {span(tiny, "grouped_gemm")} with the text of the tiny GPT (top-k with auxiliary loss
+  on the same text: {span(topk, "grouped_gemm")}), {span(uneven, "grouped_gemm")} if sequences are as
+  uneven as docs/choosing.md supposes. Step, all-to-all hidden: {span(tiny, "step_hidden")}
+  ({span(topk, "step_hidden")}) and {span(uneven, "step_hidden")}.
+- **What a rank sends** is fixed by top-k and not by ET: sequences differ in fan-out. With the text of the
+  tiny GPT the busiest direction is {span(tiny, "all_to_all")} ({span(topk, "all_to_all")}), so that a
+  step whose all-to-all is not hidden takes {span(tiny, "step_exposed")} ({span(topk, "step_exposed")}).
 - **Natural top-k, published**: the slowdowns at four sequence lengths imply one and the same busiest
   rank, {min(implied):.2f} to {max(implied):.2f}. It does not grow from two sequences a group to a part of
   one, so it looks like unequal popularity of experts, which thresholds remove, rather than uneven
   sequences, which they do not. That ET would gain most of what forced balance gains is a conclusion, not
   a measurement.
 - **Capacity with the pool `microbatch` is no rare guard when a micro-batch is one sequence**: at C=0.5 it
-  acts on {percent(min(acts))} to {percent(max(acts))} of experts and micro-batches of uneven text, and
-  there routes by rank in the pool, not by threshold. The bound 1 + C is hard for this pool only: a global
-  pool bounds an expert's sum over all ranks, not what one expert-parallel group sends.
+  acts on {percent(min(acts), 0)} to {percent(max(acts), 0)} of experts and micro-batches of uneven text,
+  and there routes by rank in the pool, not by threshold; with the text of the tiny GPT it drops
+  {percent(min(dropped), 0)} to {percent(max(dropped), 0)} of the rows. (Measured on the tiny GPT, 4
+  sequences a micro-batch: it acts on {percent(traced, 0)}.) The bound 1 + C is hard for this pool only: a
+  global pool bounds an expert's sum over all ranks, not what one expert-parallel group sends.
 - **Head-room without capacity**, {tables.STEPS:,} steps on {LOAD_GPUS:,} GPUs, P(out of memory) <
-  {tables.PROBABILITY:g}: {span(tiny, "kept", "head-room")} times the mean for the rows that are kept,
-  {span(tiny, "one layer", "head-room")} for the buffers of one layer (tiny GPT's text);
-  {span(uneven, "kept", "head-room")} and {span(uneven, "one layer", "head-room")} (uneven).
+  {tables.PROBABILITY:g}: with the text of the tiny GPT {span(tiny, "kept", "head-room")} times the mean
+  for the rows that are kept ({span(topk, "kept", "head-room")} for top-k with auxiliary loss, an upper
+  bound), {span(tiny, "one layer", "head-room")} ({span(topk, "one layer", "head-room")}) for the buffers
+  of one layer. ET needs the most where a rank holds a single micro-batch (no pipeline): its fan-out is
+  alike in all layers and nothing averages it out.
 """),
     ]
 
@@ -365,15 +382,16 @@ def _memory(get: Rows) -> list[str]:
     lines += markdown(["kept", *(shape.name for shape in SHAPES)], rows)
     lines += prose(f"""
 Head-room, times the mean, for {tables.STEPS:,} steps on {LOAD_GPUS:,} GPUs with P(out of memory) <
-{tables.PROBABILITY:g}: of the rows that are kept / of one layer's, which its buffers need, and which is
-all there is when MoE layers are recomputed.
+{tables.PROBABILITY:g}: of the rows that are kept (in bf16) / of one layer's, which its buffers need, and
+which is all there is when MoE layers are recomputed.
 """)
     names = get.settings("head-room")
     rows = [
         [
             name,
             *(
-                f"{get('head-room', s.name, LOAD_GPUS, name, 'kept'):.2f} / "
+                f"{get('head-room', s.name, LOAD_GPUS, name, 'kept'):.2f} "
+                f"(+{_more(get, s.name, name):.1f} GB) / "
                 f"{get('head-room', s.name, LOAD_GPUS, name, 'one layer'):.2f}"
                 for s in SHAPES
             ),
@@ -388,6 +406,12 @@ With a capacity C (pool `microbatch`) a rank never has more than 1 + C, whatever
 tiny GPT is that of sequences of 256 tokens early in a training; longer sequences of a trained model are
 likely to be less uneven.
 """)
+
+
+def _more(get: Rows, shape: str, name: str) -> float:
+    """GB above the mean of the rows kept in bf16."""
+    kept = get("rows", shape, LOAD_GPUS, memory.KEPT[0].name, "GB at the mean")
+    return kept * (get("head-room", shape, LOAD_GPUS, name, "kept") - 1.0)
 
 
 def _capacity(get: Rows) -> list[str]:

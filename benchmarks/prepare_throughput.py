@@ -240,8 +240,8 @@ def report(rows: Sequence[Row], where: dict[str, str]) -> str:
             "",
             f"One JSONL file of {rows[0].text_bytes / 1e6:.1f} MB of text, code and prose; vocabularies of "
             f"{VOCABULARY:,}. Both programs wrote the same .bin and .idx, byte by byte. Medians of {rounds} "
-            "runs of each by turns. tokens/s by each program's own clock, without start-up; CPU and wall time "
-            "of the whole command, start-up included. Words are learnt anew in every run and worker "
+            "runs of each by turns. tokens/s by each program's own clock, without start-up; CPU and wall "
+            "time of the whole command, start-up included. Words are learnt anew in every run and worker "
             "(docs/data.md): a longer input gains more.",
             "",
             *(f"| {' | '.join(cells)} |" for cells in table),

@@ -3,8 +3,9 @@
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_et.compatibility import NEEDED, REFUSALS
+from megatron_et.compatibility import NEEDED, POOL_IN_GRAPH, REFUSALS
 from megatron_et.config import ExpertThresholdConfig, choices, flag_of, scalar_type
+from megatron_et.host.arguments import YAML
 
 
 def text() -> str:
@@ -18,7 +19,9 @@ def text() -> str:
         f"| `--{need.name.replace('_', '-')}` | {need.value} | {need.default} | {need.why} |"
         for need in NEEDED
     ]
-    refused = [f"| `{rule.flag}` | {rule.why} | {rule.instead} |" for rule in REFUSALS]
+    refused = [
+        f"| `{rule.flag}` | {rule.why} | {rule.instead} |" for rule in (*REFUSALS, POOL_IN_GRAPH, YAML)
+    ]
     return "\n".join(
         [
             "# Flags",

@@ -73,7 +73,9 @@ def _cell(row: Row | None, here: Sequence[Row]) -> str:
     if row is None or not row.measured:
         return "-"
     base = [r for r in here if r.method == BASELINE and r.quantity == row.quantity and r.measured]
-    ratio = f" [{row.median / base[0].median:.2f}]" if base and base[0].median and row.unit == "ms" else ""
+    # At the boundary an auxiliary loss does nothing, and nothing is no measure.
+    compared = base and row.unit == "ms" and row.quantity != "boundary"
+    ratio = f" [{row.median / base[0].median:.2f}]" if compared else ""
     return f"{row.median:.4g}{ratio}"
 
 

@@ -10,6 +10,7 @@ from statistics import NormalDist
 
 import pytest
 
+from benchmarks.migration import STARTS
 from benchmarks.suite.methods import METHODS
 from megatron_et.check import flags as check_flags
 from megatron_et.check import sizes
@@ -99,6 +100,24 @@ def test_tokens_without_an_expert_by_chance() -> None:
     text = FAQ.read_text()
     assert f"(15/16)^16 = {100 * (15 / 16) ** 16:.0f} %" in text
     assert f"8 of 128 would leave {100 * (1 - 8 / 128) ** 128:.2f} %" in text
+
+
+def test_the_measured_distances_are_those_of_the_results() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "migration.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    found = {tuple(row[:2]): re.findall(r"\(([+-][\d.]+)\)", " ".join(row)) for row in table}
+    text = " ".join(MIGRATION.read_text().split())
+    start, warm, end = (
+        [float(found[checkpoint, "thresholds"][column]) for checkpoint in STARTS] for column in (0, 2, 4)
+    )
+    assert f"was {start[0]:.3f} (auxiliary loss) and {start[1]:.3f} (bias) above" in text
+    assert f"end of the warm-up {warm[0]:.3f} and {warm[1]:.3f}, over the last 20 steps" in text
+    assert f"over the last 20 steps {end[0]:.3f} and {end[1]:.3f};" in text
+    first, last = (
+        [float(found[checkpoint, "thresholds, gates by fan-out"][column]) for checkpoint in STARTS]
+        for column in (0, 4)
+    )
+    assert f"{first[0]:.3f} and {first[1]:.3f} at first, {last[0]:.3f} and {last[1]:.3f} at last" in text
 
 
 # --- flags ---

@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", default=",".join(EVENTS), help="in this order (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="time for all events (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="time for all events (default: %(default)s)")
     parser.add_argument("--user-signal", action="store_true", help="preempt_send_user_signal")
     parser.add_argument("--folder", type=Path, help="for the runs; new, kept (default: temporary)")
     options = parser.parse_args(arguments)

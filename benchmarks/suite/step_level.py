@@ -114,8 +114,8 @@ class Run:
 
 
 def _run(method: Method, model: Model, data: Sequence[str], folder: Path, seed: int, steps: int) -> Run:
-    # In the first hundred steps logits drift fast: thresholds that lag ten batches would send fewer tokens, and
-    # the work would not be the same.
+    # In the first hundred steps logits drift fast: thresholds that lag ten batches would send fewer tokens,
+    # and the work would not be the same.
     following = ["--moe-et-ema-decay", "0.0"]
     traced = ["--moe-et-trace-dir", str(folder), *following] if method.et is not None else []
     training = _TRAINING.format(steps=steps, seed=seed).split()

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from benchmarks.faults.report import ROOT, environment
+from benchmarks.environment import ROOT, environment
 from megatron_et.data.corpus import build_corpus
 from megatron_et.data.encoders import token_type
 from megatron_et.data.tokenizer import train_tokenizer

@@ -15,8 +15,8 @@ from pathlib import Path
 # As a script this file has its own folder on the path, not the one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.environment import environment
 from benchmarks.faults.life import ROOT
-from benchmarks.faults.report import environment
 from benchmarks.scale import assumptions, measure, plots, report, tables
 
 DRAWS = 200

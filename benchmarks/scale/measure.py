@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.faults.report import environment
+from benchmarks.environment import environment
 from benchmarks.scale import check, runs
 from benchmarks.scale.fit import fit
 from benchmarks.scale.loads import Rule

@@ -12,10 +12,7 @@ from collections.abc import Sequence
 # name -> (module, one-line help). Modules are imported only when their command runs: start-up stays quick.
 COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("megatron_et.check.command", "versions, seams, refused flags and cost of a training command"),
-    "prepare": (
-        "megatron_et.data.prepare",
-        "tokenizer and Megatron .bin/.idx datasets from text, JSONL or Parquet",
-    ),
+    "prepare": ("megatron_et.data.prepare", "tokenizer and Megatron datasets from text, JSONL or Parquet"),
     "report": ("megatron_et.report.command", "tables, plots, alarms of a run: terminal, PNG, one HTML page"),
     "watch": ("megatron_et.watch.command", "live terminal view of a run, with its alarms"),
 }

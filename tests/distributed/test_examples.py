@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.processes import kill_tree
 from examples.common import layout
 from examples.dry_run import EXAMPLES, parse
-from tests.launch import TAIL, _kill_tree, free_port
+from tests.launch import TAIL, free_port
 from tests.megatron_here import needs_training
 
 pytestmark = [pytest.mark.distributed, needs_training]
@@ -52,7 +53,7 @@ def train(model: str, folder: Path, nodes: list[Mapping[str, object]], timeout: 
     finally:
         for process in processes:
             if process.poll() is None:
-                _kill_tree(process.pid)
+                kill_tree(process.pid)
                 process.wait()
     printed = [log.read_text(errors="replace") for log in logs]
     for process, text in zip(processes, printed, strict=True):

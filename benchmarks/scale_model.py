@@ -1,11 +1,11 @@
-"""What Expert Threshold routing costs and needs on 64 to 16,384 GPUs: a model, and what it was checked against.
+"""What Expert Threshold routing costs and needs on 64 to 16,384 GPUs: a model, and checks of it.
 
-    python benchmarks/scale_model.py [--measured FILE.csv] [--output DIR]    # the report, half a minute
-    python benchmarks/scale_model.py measure [--scratch DIR] [--output DIR]  # real runs for its checks, 15 minutes
+    python benchmarks/scale_model.py [--measured FILE.csv] [--output DIR]    # the report: half a minute
+    python benchmarks/scale_model.py measure [--scratch DIR] [--output DIR]  # runs for its checks: 15 minutes
 
 The first writes scale_model.csv, .md and two plots from benchmarks/results/scale_measured.csv, which the
 second writes. Nothing needs a GPU. The same input gives the same csv.
-"""  # noqa: E501
+"""
 
 import argparse
 import csv

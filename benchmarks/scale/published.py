@@ -1,5 +1,5 @@
-"""The one published measurement of what uneven loads cost: Qwen3-235B-A22B on 256 H100s, natural routing of a
-trained checkpoint (top-k, auxiliary loss) against forced balance.
+"""The one published measurement of what uneven loads cost: Qwen3-235B-A22B on 256 H100s, natural (dropless)
+routing by top-k with an auxiliary loss against forced balance. How far the model was trained is not said.
 
 Source: yanring/Megatron-MoE-ModelZoo, best_practice/Qwen3/readme.md, "Long Context": bf16, DeepEP, TP4 PP8
 EP8, MoE layers recomputed, all-to-all not overlapped.

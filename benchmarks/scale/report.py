@@ -193,8 +193,9 @@ def _findings(get: Rows) -> list[str]:
 - **Natural top-k, published**: the slowdowns at four sequence lengths imply one and the same busiest
   rank, {min(implied):.2f} to {max(implied):.2f}. It does not grow from two sequences a group to a part of
   one, so it looks like unequal popularity of experts, which thresholds remove, rather than uneven
-  sequences, which they do not. That ET would gain most of what forced balance gains is a conclusion, not
-  a measurement.
+  sequences, which they do not. (Any other cost of natural routing that is the same for every token would
+  look like this, too; how far that model was trained is not said.) That ET would gain most of what forced
+  balance gains is a conclusion, not a measurement.
 - **Capacity with the pool `microbatch` is no rare guard when a micro-batch is one sequence**: at C=0.5 it
   acts on {percent(min(acts), 0)} to {percent(max(acts), 0)} of experts and micro-batches of uneven text,
   and there routes by rank in the pool, not by threshold; with the text of the tiny GPT it drops

@@ -106,8 +106,8 @@ def main() -> int:
 
     told = prepare()
     found = [*([told] if told else []), *judge(sys.argv[1:], int(os.environ["WORLD_SIZE"]))]
-    for line in lines([Section("check", found)], width() - 4):
-        print(f"#   {line}")
+    for line in lines([Section("check", found)], width() - 2):
+        print(f"# {line}")
     return 1 if any(finding.mark == REFUSED for finding in found) else 0
 
 

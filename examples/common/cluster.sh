@@ -30,7 +30,8 @@ if ((NNODES == 1)); then
 else
   if [[ -z ${RDZV_ENDPOINT:-} ]]; then
     if [[ -n ${SLURM_JOB_NODELIST:-} ]] && command -v scontrol >/dev/null; then
-      read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+      read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST") ||
+        die "scontrol names no host of SLURM_JOB_NODELIST=$SLURM_JOB_NODELIST: give RDZV_ENDPOINT=host:port"
       # A port of its own for each job, below Linux's range of outgoing ports: nodes may be shared.
       RDZV_ENDPOINT=$first:$((20000 + ${SLURM_JOB_ID:-0} % 10000))
     elif [[ -n $DRY_RUN ]]; then

@@ -20,7 +20,11 @@ add_line() { # words of the command, quoted for a shell, on a line of their own
 }
 
 launch() {
-  data_args && router_args && precision_args && logging_args && performance_args
+  data_args
+  router_args
+  precision_args
+  logging_args
+  performance_args
   local flags=(
     "${MODEL_PARALLEL_ARGS[@]}" "${MODEL_ARGS[@]}" "${MOE_ARGS[@]}" "${ET_ARGS[@]}" "${DATA_ARGS[@]}"
     "${TRAINING_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${PRECISION_ARGS[@]}" "${PERFORMANCE_ARGS[@]}" "${LOGGING_ARGS[@]}" "$@"
@@ -54,7 +58,6 @@ launch() {
     "") exec env "${ENVIRONMENT[@]}" "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}" "${SCRIPT[@]}" "${flags[@]}" ;;
     command) ;;
     1)
-      echo "# check"
       env "${ENVIRONMENT[@]}" WORLD_SIZE="$WORLD_SIZE" MEGATRON="${MEGATRON:-}" "$PYTHON" -W ignore \
         "$EXAMPLES/common/check.py" "${flags[@]}" || die "something is REFUSED above"
       ;;

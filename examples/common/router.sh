@@ -9,7 +9,7 @@ ROUTERS=(et ec topk-aux topk-bias quantile-balancing)
 
 router_args() {
   # The pool of Expert Choice is all ranks' tokens of a micro-batch step: from pools of 8 thousand tokens on the paper's
-  # losses hardly differ, one of 2 thousand, a rank's micro-batch of a large model, costs 0.07 (table 4 of arXiv 2603.11535).
+  # losses hardly differ, one of 2 thousand, a rank's micro-batch of a large model, costs 0.07 (arXiv 2603.11535).
   local pool=(--moe-et-pool "${ET_POOL:=global}" --moe-et-ema-decay "$ET_EMA_DECAY" --moe-et-trace-dir "$RUN_DIR")
   case "$ROUTER" in
     et)
@@ -56,7 +56,7 @@ top_k_scores() {
   SCALING=()
   case "$MODEL" in
     d12 | d20)
-      # The paper's token-choice baseline: sigmoid gates, auxiliary loss of 0.001 (arXiv 2603.11535, table 1). Its code's
+      # The paper's token-choice baseline: sigmoid gates, auxiliary loss of 0.001 (arXiv 2603.11535). Its code's
       # default configuration has no balancing at all; Switch Transformer's own weight is 0.01 (arXiv 2101.03961, 2.2).
       SCORES=(--moe-router-score-function sigmoid)
       AUX_LOSS=(--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3)

@@ -56,12 +56,19 @@ def cases(device: str, workloads: Sequence[str] = tuple(WORKLOADS)) -> list[Case
 class Pass:
     """Forward and backward of a layer."""
 
-    def __init__(self, method: Method, case: Case, stream: Stream, device: str) -> None:
+    def __init__(
+        self,
+        method: Method,
+        case: Case,
+        stream: Stream,
+        device: str,
+        kept: dict[int, torch.Tensor] | None = None,
+    ) -> None:
         rank = torch.distributed.get_rank()
-        shape = Shape(case.tokens, case.experts, case.topk, case.ranks, rank)
+        shape = Shape(case.tokens, case.experts, case.topk, case.ranks, rank, device)
         sizes = Sizes(case.hidden, case.ffn)
         layer = build(method, shape, sizes, device)
-        self.fed = Fed(layer, stream, shape, sizes, device)
+        self.fed = Fed(layer, stream, shape, sizes, device, kept)
         self.fed.settle()
         generator = torch.Generator().manual_seed(5 + rank)
         hidden = torch.randn(case.tokens, 1, case.hidden, generator=generator)
@@ -92,12 +99,13 @@ def measure(
 ) -> list[Row]:
     """All methods in turns; every rank must call it, and rank 0's rows are those to keep."""
     rows, passes = [], {}
+    kept: dict[int, torch.Tensor] = {}
     for name in methods:
         missing = METHODS[name].missing(device)
         if missing:
             rows.append(row("layer", str(case), name, "both", environment, note=f"not run: {missing}"))
         else:
-            passes[name] = Pass(METHODS[name], case, stream, device)
+            passes[name] = Pass(METHODS[name], case, stream, device, kept)
     turns: dict[str, Callable[[], float]] = dict(passes)
     for name, values in in_turns(turns, **timing).items():
         fanout, load = passes[name].fed.fanout_and_load()

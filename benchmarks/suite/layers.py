@@ -108,13 +108,22 @@ class Fed:
     Args:
         layer: from `build`.
         stream: the logits; those of a few steps are made beforehand and repeated.
+        kept: the logits made so far, by step; shared by all methods of a case.
     """
 
-    def __init__(self, layer: Any, stream: Stream, shape: Shape, sizes: Sizes, device: str) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        stream: Stream,
+        shape: Shape,
+        sizes: Sizes,
+        device: str,
+        kept: dict[int, torch.Tensor] | None = None,
+    ) -> None:
         self.layer, self.shape = layer, shape
         self.router = layer.router
         self._stream, self._device, self._batch = stream, device, sizes.batch
-        self._kept: dict[int, torch.Tensor] = {}
+        self._kept = {} if kept is None else kept
         self.step = 0
         own_gating = self.router.gating
         self.router.gating = lambda hidden: self.logits() + 0.0 * own_gating(hidden).float()

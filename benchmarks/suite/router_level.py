@@ -3,6 +3,8 @@
 What is timed is `routing(logits)` of Megatron's router classes, everything that the method does there
 included: auxiliary losses, counting for biases, and the statistics of Expert Threshold. `boundary` is what
 a method does once a global batch. `copy` moves the bytes that no router can avoid (see `minimal_bytes`).
+On a GPU these are times of the GPU, with everything enqueued ahead; `host` is how long the host takes to
+enqueue forward and backward: where it is the longer one, an eager run waits for it.
 
 Dimension letters: T tokens, E experts.
 """
@@ -59,13 +61,17 @@ def minimal_bytes(tokens: int, experts: int) -> dict[str, int]:
 class Passes:
     """The timed parts of one method."""
 
-    def __init__(self, method: Method, case: Case, stream: Stream, device: str) -> None:
-        shape = Shape(case.tokens, case.experts, case.topk)
+    def __init__(
+        self, method: Method, case: Case, stream: Stream, device: str, kept: dict[int, torch.Tensor]
+    ) -> None:
+        shape = Shape(case.tokens, case.experts, case.topk, device=device)
         sizes = Sizes(hidden=8, ffn=8)
-        self.fed = Fed(build(method, shape, sizes, device), stream, shape, sizes, device)
+        self.fed = Fed(build(method, shape, sizes, device), stream, shape, sizes, device, kept)
         self.fed.settle()
         self._watch = Stopwatch(device)
         self._boundary = boundary(self.fed.router)
+        self.host: list[float] = []
+        """Milliseconds in which the host enqueued each call of `both`."""
 
     def _leaf(self) -> torch.Tensor:
         return self.fed.logits().detach().requires_grad_()
@@ -93,6 +99,7 @@ class Passes:
             probs.backward(gradient)
 
         milliseconds = self._watch(passes)
+        self.host.append(self._watch.host_milliseconds)
         self.fed.end_batch()
         return milliseconds
 
@@ -130,12 +137,13 @@ def measure(
 ) -> list[Row]:
     """All quantities of all methods in one case, in turns."""
     rows, passes = [], {}
+    kept: dict[int, torch.Tensor] = {}
     for name in methods:
         missing = METHODS[name].missing(device)
         if missing:
             rows.append(row("router", str(case), name, "both", environment, note=f"not run: {missing}"))
         else:
-            passes[name] = Passes(METHODS[name], case, stream, device)
+            passes[name] = Passes(METHODS[name], case, stream, device, kept)
     copy = Copy(case, device)
     for quantity in ("forward", "backward", "both", "boundary"):
         method = "at_boundary" if quantity == "boundary" else quantity
@@ -146,14 +154,18 @@ def measure(
             if name == "copy":
                 rows.append(row("router", str(case), name, quantity, environment, values=values))
                 continue
+            taken = {quantity: values}
+            if quantity == "both" and device == "cuda":
+                taken["host"] = passes[name].host[-len(values) :]
             fanout, load = passes[name].fed.fanout_and_load()
             note = fanout_note(fanout, case.topk)
-            rows.append(
+            rows += [
                 row(
-                    "router", str(case), name, quantity, environment,
-                    values=values, fanout=fanout, max_load=load, note=note,
+                    "router", str(case), name, what, environment,
+                    values=numbers, fanout=fanout, max_load=load, note=note,
                 )
-            )  # fmt: skip
+                for what, numbers in taken.items()
+            ]  # fmt: skip
     return rows
 
 

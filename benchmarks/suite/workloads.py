@@ -22,26 +22,28 @@ class Shape:
     topk: int
     ranks: int = 1
     rank: int = 0
+    device: str = "cpu"
+    """Where its random numbers are drawn; each kind of device has its own."""
 
 
 Stream = Callable[[Shape, int], torch.Tensor]
-"""Shape and step to logits [T, E] fp32 on the CPU."""
+"""Shape and step to logits [T, E] fp32."""
 HOT = 2.0
 """Standard deviations by which a hot expert's logits stand above the others'."""
 BURST_PERIOD = 5
 
 
 def _noise(shape: Shape, step: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1_000_003 * step + shape.rank)
-    return torch.randn(shape.tokens, shape.experts, generator=generator)
+    generator = torch.Generator(shape.device).manual_seed(1_000_003 * step + shape.rank)
+    return torch.randn(shape.tokens, shape.experts, generator=generator, device=shape.device)
 
 
 def balanced(shape: Shape, step: int) -> torch.Tensor:
     """Every expert has exactly as many tokens as any other, or one more: by a wide gap between the logits
     of a token's `topk` experts and the rest, the same map for every router."""
-    first_T = torch.arange(shape.tokens) * shape.topk
-    chosen = (first_T.unsqueeze(1) + torch.arange(shape.topk)) % shape.experts
-    gap = torch.full((shape.tokens, shape.experts), -4.0).scatter_(1, chosen, 4.0)
+    first_T = torch.arange(shape.tokens, device=shape.device) * shape.topk
+    chosen = (first_T.unsqueeze(1) + torch.arange(shape.topk, device=shape.device)) % shape.experts
+    gap = torch.full((shape.tokens, shape.experts), -4.0, device=shape.device).scatter_(1, chosen, 4.0)
     return gap + _noise(shape, step).clamp(-2.0, 2.0)
 
 

@@ -18,51 +18,41 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693145751953125)
 LN2_LOW = tl.constexpr(1.428606765330187e-06)
 ROUND_TO_INTEGER = tl.constexpr(12582912.0)
-"""1.5 * 2^23: adding it to a small fp32 number leaves no room for a fraction."""
+"""1.5 * 2^23: adding it to a small fp32 number leaves no room for a fraction: its bits end in an integer."""
+SCALE = tl.constexpr(5.960464477539063e-08)
+"""2^-24: 1 + exp(-x) times it neither overflows nor is subnormal where the sigmoid is neither 0 nor 1."""
+BITS_OF_SCALE = tl.constexpr((127 - 24) << 23)
 
 
 @triton.jit
-def _exp_of_nonpositive(x):
-    """exp(x) for fp32 x <= 0 as high + low, high without rounding error beyond low: the hardware's exp2 is
-    off by more than an ulp, and its argument by many for large |x|."""
-    n = (x * LOG2_E + ROUND_TO_INTEGER) - ROUND_TO_INTEGER
-    exact = tl.fma(n, -LN2_HIGH, x)
-    r = exact - n * LN2_LOW
-    low_of_r = (exact - r) - n * LN2_LOW
-    # exp(r) - 1 - r by its Taylor polynomial: |r| <= ln(2) / 2 makes the first term left out 2^-32.
-    p = tl.full(x.shape, 1.0 / 40320.0, tl.float32)
-    p = tl.fma(p, r, 1.0 / 5040.0)
+def _sigmoid(x):
+    """Sigmoid of fp32 x, 1 / (1 + exp(-x)), to 1 ulp; a number for NaN.
+
+    exp(-x) = 2^n (1 + s) with |s| < 0.42, the sum with 1 in two parts, and one step of Newton's for its
+    reciprocal: the hardware's exp2 and reciprocal alone are off by several ulp.
+    """
+    # Below -104 it is 0 in fp32, and above 64 it is 1.
+    x = tl.minimum(tl.maximum(x, -104.0), 64.0)
+    shifted = tl.fma(x, -LOG2_E, ROUND_TO_INTEGER)
+    n = shifted - ROUND_TO_INTEGER
+    r = tl.fma(n, -LN2_LOW, tl.fma(n, -LN2_HIGH, -x))
+    # (exp(r) - 1 - r) / r^2 by its Taylor polynomial: |r| <= ln(2) / 2 makes what is left out 2^-27.
+    p = tl.full(x.shape, 1.0 / 5040.0, tl.float32)
     p = tl.fma(p, r, 1.0 / 720.0)
     p = tl.fma(p, r, 1.0 / 120.0)
     p = tl.fma(p, r, 1.0 / 24.0)
     p = tl.fma(p, r, 1.0 / 6.0)
     p = tl.fma(p, r, 0.5)
-    rest = tl.fma(p * r, r, tl.fma(low_of_r, r, low_of_r))
-    # 1 + r + rest, and what the two additions round off.
-    sum_of_small = r + rest
-    high = 1.0 + sum_of_small
-    low = (sum_of_small - (high - 1.0)) + ((r - sum_of_small) + rest)
-    # 2^n in two factors: the result may be subnormal where 2^n itself is none.
-    exponent = n.to(tl.int32)
-    half = exponent >> 1
-    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
-    second = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
-    return high * first * second, low * first * second
-
-
-@triton.jit
-def _sigmoid(x):
-    """Sigmoid of fp32 x, correct to 1 ulp; NaN gives NaN."""
-    # Below -104 it is 0 in fp32, and above 104 it is 1.
-    z, low_of_z = _exp_of_nonpositive(tl.maximum(-tl.abs(x), -104.0))
-    denominator = 1.0 + z
-    low_of_denominator = (z - (denominator - 1.0)) + low_of_z
-    numerator = tl.where(x < 0, z, 1.0)
-    low_of_numerator = tl.where(x < 0, low_of_z, 0.0)
-    quotient = tl.div_rn(numerator, denominator)
-    # One step of Newton's: what the quotient leaves of the numerator, with the parts that were rounded off.
-    left = tl.fma(-quotient, denominator, numerator) + low_of_numerator - quotient * low_of_denominator
-    return tl.where(x != x, x, quotient + left / denominator)
+    s = tl.fma(p * r, r, r)
+    power = ((shifted.to(tl.int32, bitcast=True) << 23) + BITS_OF_SCALE).to(tl.float32, bitcast=True)
+    # The denominator times SCALE, and what each of the two additions rounds off.
+    both = power + SCALE
+    off_both = SCALE - (both - power)
+    denominator = tl.fma(power, s, both)
+    low = tl.fma(power, s, both - denominator) + off_both
+    reciprocal = 1.0 / denominator
+    left = tl.fma(-reciprocal, low, tl.fma(-reciprocal, denominator, 1.0))
+    return tl.fma(left, reciprocal, reciprocal) * SCALE
 
 
 @triton.jit
@@ -90,87 +80,64 @@ def _limit_fanout(x, chosen, most):
 
 
 @triton.jit
-def _count_fanout(fanout_t, valid_t, fanout_counts, BLOCK_E: tl.constexpr):
-    """Tokens by their number of experts: most have few, and all programs add to the same few counts, so a
-    program adds up its own first. The last slot is for the rest: padding, and tokens with more experts."""
-    SLOTS: tl.constexpr = min(BLOCK_E * 2, 64)
-    few = valid_t & (fanout_t < SLOTS - 1)
-    own = tl.histogram(tl.where(few, fanout_t, SLOTS - 1), SLOTS).to(tl.int64)
-    slot = tl.arange(0, SLOTS)
-    tl.atomic_add(fanout_counts + slot, own, mask=(slot < SLOTS - 1) & (own > 0), sem="relaxed")
-    one_t = tl.full(fanout_t.shape, 1, tl.int64)
-    tl.atomic_add(fanout_counts + fanout_t, one_t, mask=valid_t & (fanout_t >= SLOTS - 1), sem="relaxed")
-
-
-@triton.jit
-def _count_logits(x, counted, centers, e, real_e, histogram, BINS: tl.constexpr, FIRST: tl.constexpr):
-    """`Histogram.add`: the bin of a logit is read off the bits of its distance from the centre."""
-    center = tl.load(centers + e, mask=real_e, other=0.0)
-    distance = x - center[None, :]
-    octave = ((distance.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >> 19) - FIRST
-    magnitude = tl.minimum(tl.maximum(octave, 0), BINS // 2 - 1)
-    place = tl.where(distance >= 0, BINS // 2 + magnitude, BINS // 2 - 1 - magnitude)
-    one = tl.full(x.shape, 1, tl.int64)
-    tl.atomic_add(histogram + e[None, :] * BINS + place, one, mask=counted, sem="relaxed")
-
-
-@triton.jit
 def forward(
-    logits, thresholds, lower, upper, padding, centers,
-    gates, routing_map, fanout, counts, histogram,
+    logits, thresholds, lower, upper, padding,
+    gates, routing_map, fanout, counts,
     num_tokens, num_experts, stride_t, stride_e, max_fanout,
     BOUNDED: tl.constexpr, PADDED: tl.constexpr, LIMITED: tl.constexpr, NORMALIZED: tl.constexpr,
-    COUNTED: tl.constexpr, BINS: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    COUNTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Route BLOCK_T tokens; `counts` is laid out as statistics.BatchCounts, `histogram` as its counts_EB."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Route BLOCKS times BLOCK_T tokens. `counts` is laid out as statistics.BatchCounts; `fanout` is -1 for
+    padding."""
     e = tl.arange(0, BLOCK_E)
-    real_t, real_e = t < num_tokens, e < num_experts
-    real = real_t[:, None] & real_e[None, :]
-    row = t.to(tl.int64)[:, None]
-    x = tl.load(logits + row * stride_t + e.to(tl.int64)[None, :] * stride_e, mask=real, other=float("-inf"))
-    x = x.to(tl.float32)
-
+    real_e = e < num_experts
     threshold = tl.load(thresholds + e, mask=real_e, other=float("inf"))
     applied = threshold
     if BOUNDED:
         low = tl.load(lower + e, mask=real_e, other=float("-inf"))
         high = tl.load(upper + e, mask=real_e, other=float("inf"))
         applied = tl.minimum(tl.maximum(applied, low), high)
-    valid_t = real_t
-    if PADDED:
-        valid_t = real_t & (tl.load(padding + t, mask=real_t, other=1) == 0)
-    chosen = (x >= applied[None, :]) & (x > float("-inf")) & valid_t[:, None] & real_e[None, :]
-    if LIMITED:
-        chosen = _limit_fanout(x, chosen, max_fanout)
-    fanout_t = tl.sum(chosen.to(tl.int32), axis=1)
-
-    gate = tl.where(chosen, _sigmoid(x), 0.0)
-    if NORMALIZED:
-        gate = tl.div_rn(gate, tl.maximum(fanout_t, 1).to(tl.float32)[:, None] + tl.zeros_like(gate))
-        tl.store(fanout + t, fanout_t, mask=real_t)
-    place = row * num_experts + e[None, :]
-    tl.store(gates + place, gate, mask=real)
-    tl.store(routing_map + place, chosen, mask=real)
+    # Tokens that the expert took, and in the upper half of the bits its logits that are not finite.
+    tally = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
+    for block in range(BLOCKS):
+        t = (tl.program_id(0) * BLOCKS + block) * BLOCK_T + tl.arange(0, BLOCK_T)
+        real_t = t < num_tokens
+        real = real_t[:, None] & real_e[None, :]
+        row = t.to(tl.int64)[:, None]
+        place = row * stride_t + e.to(tl.int64)[None, :] * stride_e
+        x = tl.load(logits + place, mask=real, other=float("-inf")).to(tl.float32)
+        valid_t = real_t
+        if PADDED:
+            valid_t = real_t & (tl.load(padding + t, mask=real_t, other=1) == 0)
+        counted = valid_t[:, None] & real_e[None, :]
+        chosen = (x >= applied[None, :]) & (x > float("-inf")) & counted
+        if LIMITED:
+            chosen = _limit_fanout(x, chosen, max_fanout)
+        gate = tl.where(chosen, _sigmoid(x), 0.0)
+        if NORMALIZED or COUNTED:
+            fanout_t = tl.sum(chosen.to(tl.int32), axis=1)
+            tl.store(fanout + t, tl.where(valid_t, fanout_t, -1), mask=real_t)
+        if NORMALIZED:
+            gate = tl.div_rn(gate, tl.maximum(fanout_t, 1).to(tl.float32)[:, None] + tl.zeros_like(gate))
+        place = row * num_experts + e[None, :]
+        tl.store(gates + place, gate, mask=real)
+        tl.store(routing_map + place, chosen, mask=real)
+        if COUNTED:
+            odd = counted & ~(tl.abs(x) < float("inf"))
+            tally += chosen.to(tl.int32) + (odd.to(tl.int32) << 16)
 
     if COUNTED:
-        usage = tl.sum(chosen.to(tl.int32), axis=0).to(tl.int64)
-        tl.atomic_add(counts + e, usage, mask=real_e & (usage > 0), sem="relaxed")
-        _count_fanout(fanout_t, valid_t, counts + 2 * num_experts, BLOCK_E)
+        tally_e = tl.sum(tally, axis=0)
+        used = (tally_e & 0xFFFF).to(tl.int64)
+        tl.atomic_add(counts + e, used, mask=real_e & (used > 0), sem="relaxed")
         scalars = counts + 3 * num_experts + 1
-        tl.atomic_add(scalars, tl.sum(valid_t.to(tl.int64), axis=0), sem="relaxed")
-        counted = valid_t[:, None] & real_e[None, :]
-        odd = counted & ((x != x) | (tl.abs(x) == float("inf")))
-        nonfinite = tl.sum(tl.sum(odd.to(tl.int32), axis=1), axis=0).to(tl.int64)
+        nonfinite = tl.sum(tally_e >> 16, axis=0).to(tl.int64)
         tl.atomic_add(scalars + 2, nonfinite, mask=nonfinite > 0, sem="relaxed")
         if tl.program_id(0) == 0:
             tl.atomic_add(scalars + 1, tl.full([], 1, tl.int64), sem="relaxed")
             if BOUNDED:
                 at_bound = ((low > threshold) | (high < threshold)) & real_e
                 tl.atomic_add(counts + num_experts + e, at_bound.to(tl.int64), mask=at_bound, sem="relaxed")
-        if BINS > 0:
-            _count_logits(x, counted, centers, e, real_e, histogram, BINS, FIRST)
 
 
 @triton.jit

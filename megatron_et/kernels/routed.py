@@ -11,13 +11,18 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from megatron_et.config import GateNormalization
-from megatron_et.kernels import route
+from megatron_et.kernels import count, route
 from megatron_et.statistics import Counters
 
-TILE = 4096
-"""Pairs of a token and an expert that one program takes."""
+TILE = 2048
+"""Pairs of a token and an expert that a program routes at a time."""
+PROGRAMS = 1024
+"""More programs than this do not fill a GPU better; each takes several tiles instead, up to MAX_TILES."""
+MAX_TILES = 4
 MAX_EXPERTS = 4096
 MAX_TOKENS_OF_TILE = 256
+TOKENS_COUNTED, EXPERTS_COUNTED = 1024, 8
+"""That a program of `count.count` takes; 8 fp32 logits are a sector of memory."""
 INTERPRETED = isinstance(route.forward, InterpretedFunction)
 """TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly."""
 
@@ -58,6 +63,33 @@ def tile(num_experts: int) -> tuple[int, int]:
     return min(max(TILE // block_e, 1), MAX_TOKENS_OF_TILE), block_e
 
 
+def tiles(num_tokens: int, block_t: int) -> int:
+    """BLOCKS of the forward kernel: a power of two, so that few variants are compiled."""
+    wanted = max(num_tokens // (block_t * PROGRAMS), 1)
+    return min(1 << (wanted.bit_length() - 1), MAX_TILES)
+
+
+def _count(logits: torch.Tensor, fanout: torch.Tensor, counters: Counters) -> None:
+    """What `route.forward` has not counted; fanout [tokens] int32, -1 for padding."""
+    num_tokens, num_experts = logits.shape
+    histogram = counters.histogram
+    groups = 0 if histogram is None else triton.cdiv(num_experts, EXPERTS_COUNTED)
+    count.count[triton.cdiv(num_tokens, TOKENS_COUNTED), groups + 1](
+        logits,
+        fanout,
+        None if histogram is None else histogram.centers_E,
+        counters.counts,
+        None if histogram is None else histogram.counts_EB,
+        num_tokens,
+        num_experts,
+        *logits.stride(),
+        BINS=0 if histogram is None else histogram.bins,
+        FIRST=0 if histogram is None else histogram.bits_of_first_octave,
+        EXPERTS=EXPERTS_COUNTED,
+        BLOCK_T=TOKENS_COUNTED,
+    )
+
+
 class _Route(torch.autograd.Function):
     """Saves the gates only: they are 0 off the map, and so is the gradient (that of a NaN logit, too)."""
 
@@ -76,22 +108,22 @@ class _Route(torch.autograd.Function):
         num_tokens, num_experts = logits.shape
         gates = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
         routing_map = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=logits.device)
-        fanout = torch.empty(num_tokens if normalized else 0, dtype=torch.int32, device=logits.device)
-        histogram = None if counters is None else counters.histogram
+        counted = counters is not None
+        num_fanouts = num_tokens if normalized or counted else 0
+        fanout = torch.empty(num_fanouts, dtype=torch.int32, device=logits.device)
         block_t, block_e = tile(num_experts)
+        blocks = tiles(num_tokens, block_t)
         # One program at least: a micro-batch without tokens is counted, too.
-        route.forward[(max(triton.cdiv(num_tokens, block_t), 1),)](
+        route.forward[(max(triton.cdiv(num_tokens, block_t * blocks), 1),)](
             logits,
             thresholds,
             lower,
             upper,
             None if padding_mask is None else padding_mask.contiguous().view(torch.uint8),
-            None if histogram is None else histogram.centers_E,
             gates,
             routing_map,
             fanout,
             None if counters is None else counters.counts,
-            None if histogram is None else histogram.counts_EB,
             num_tokens,
             num_experts,
             *logits.stride(),
@@ -100,13 +132,14 @@ class _Route(torch.autograd.Function):
             PADDED=padding_mask is not None,
             LIMITED=max_fanout is not None and max_fanout < num_experts,
             NORMALIZED=normalized,
-            COUNTED=counters is not None,
-            BINS=0 if histogram is None else histogram.bins,
-            FIRST=0 if histogram is None else histogram.bits_of_first_octave,
+            COUNTED=counted,
             BLOCK_T=block_t,
             BLOCK_E=block_e,
+            BLOCKS=blocks,
         )
-        ctx.save_for_backward(gates, fanout)
+        if counters is not None and num_tokens > 0:
+            _count(logits, fanout, counters)
+        ctx.save_for_backward(gates, fanout if normalized else None)
         ctx.normalized = normalized
         ctx.mark_non_differentiable(routing_map)
         return gates, routing_map

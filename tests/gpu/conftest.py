@@ -24,11 +24,21 @@ def feature(item: pytest.Function) -> str:
     return text.format(**parameters).rstrip(".")
 
 
+def shared_by(item: pytest.Function) -> str | None:
+    """What is made once for this test and others of its file, if anything."""
+    made_once = {"outcomes", "straight"} & set(item.fixturenames)
+    return f"{item.path.stem} {made_once.pop()}" if made_once else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Name features and skip (the hook sees the items of the whole session)."""
     for item in items:
         if HERE in item.path.parents and isinstance(item, pytest.Function):
             item.user_properties.append(("feature", feature(item)))
+            group = shared_by(item)
+            if group is not None:
+                # For pytest-xdist (`-n 8 --dist loadgroup`): what is made once is made by one worker.
+                item.add_marker(pytest.mark.xdist_group(group))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 

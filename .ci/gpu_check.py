@@ -1,6 +1,7 @@
 """`make gpu-check`: run the gpu tests on this machine's GPU and record in docs/verified.md what they showed.
 
     python .ci/gpu_check.py [--commit NAME] [pytest's arguments; all of tests/gpu if they name no tests]
+    python .ci/gpu_check.py [--commit NAME] --record REPORT.xml ...   # of pytest runs on this machine
 
 The first line of a test's docstring is its feature (tests/gpu/conftest.py). Every feature that was run gets
 one row between two markers of docs/verified.md, which replaces the row of the same feature, hardware and
@@ -135,6 +136,12 @@ def _short_name(case: ElementTree.Element) -> str:
     return name.partition("[")[2].removesuffix("]") or name
 
 
+def _merged(reports: Sequence[Path]) -> ElementTree.Element:
+    merged = ElementTree.Element("reports")
+    merged.extend(ElementTree.parse(report).getroot() for report in reports)
+    return merged
+
+
 # ---- where it ran ----------------------------------------------------------------------------------------
 
 
@@ -208,6 +215,9 @@ def main(argv: Sequence[str]) -> int:
     """Run and record; returns the exit status."""
     parser = argparse.ArgumentParser(usage=(__doc__ or "").splitlines()[2].strip(), allow_abbrev=False)
     parser.add_argument("--commit", help="what was run, where there is no git")
+    parser.add_argument(
+        "--record", nargs="+", type=Path, metavar="REPORT.xml", help="run nothing: write these runs' rows"
+    )
     arguments, pytest_arguments = parser.parse_known_args(argv)
     missing = why_no_gpu()
     if missing is not None:
@@ -218,27 +228,27 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"gpu-check: {VERIFIED}: {error}", file=sys.stderr)
         return 1
+    name = arguments.commit or commit()
+    if arguments.record:
+        record(name, arguments.record)
+        return 0
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.unlink(missing_ok=True)
     named = any((ROOT / word.partition("::")[0]).exists() for word in pytest_arguments)
     tests = pytest_arguments if named else ["tests/gpu", *pytest_arguments]
     # xunit1: the schema that has properties of single tests.
     options = ["-m", "gpu", "-o", "junit_family=xunit1", f"--junitxml={REPORT}"]
-    name = arguments.commit or commit()
     status = subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT).returncode
     if REPORT.exists():
-        record(name)
+        record(name, [REPORT])
     return status
 
 
-def record(name: str) -> None:
-    """Put the report's results into docs/verified.md and print them."""
+def record(name: str, reports: Sequence[Path]) -> None:
+    """Put the reports' results into docs/verified.md and print them."""
     date = datetime.now(UTC).date().isoformat()
     where = hardware(), versions()
-    rows = [
-        Row(feature, *where, date, name, result)
-        for feature, result in results(ElementTree.parse(REPORT).getroot()).items()
-    ]
+    rows = [Row(feature, *where, date, name, result) for feature, result in results(_merged(reports)).items()]
     VERIFIED.write_text(updated(VERIFIED.read_text(), rows))
     print(f"gpu-check: {len(rows)} rows of docs/verified.md are those of {', '.join(where)}:")
     for row in rows:

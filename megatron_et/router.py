@@ -174,9 +174,7 @@ class ExpertThresholdRouter(TopKRouter):
                 )
         else:
             counters = self.statistics.counters(self.thresholds) if counted else None
-            gates_TE, routing_map_TE = self._kernels.expert_threshold(
-                logits_TE, thresholds_E, **settings, counters=counters
-            )
+            gates_TE, routing_map_TE = self._kernels(logits_TE, thresholds_E, **settings, counters=counters)
             if counters is not None and counters.histogram is None:
                 self.statistics.add_to_pool(logits_TE.detach(), self.thresholds, padding_mask_T)
         return self._for_dispatch(gates_TE, routing_map_TE)

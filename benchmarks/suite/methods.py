@@ -93,8 +93,15 @@ METHODS = {
         Method(
             "et-triton",
             _topk("none"),
-            "this package, fused kernels",
+            "this package, Triton kernels",
             et=_et("expert-threshold", kernels="triton"),
+            needs=("gpu",),
+        ),
+        Method(
+            "et-cuda",
+            _topk("none"),
+            "this package, CUDA kernel",
+            et=_et("expert-threshold", kernels="cuda"),
             needs=("gpu",),
         ),
         Method(

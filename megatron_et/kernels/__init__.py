@@ -1,14 +1,19 @@
-"""Triton kernels behind routing.py and statistics.py."""
+"""Kernels behind routing.py and statistics.py: Triton's, and one in CUDA C++."""
 
-from types import ModuleType
+import functools
+from collections.abc import Callable
 
 import torch
 
 from megatron_et.config import ConfigError, ExpertThresholdConfig, flag_of
 
+type Route = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""`kernels.routed.expert_threshold`."""
 
-def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.Tensor) -> ModuleType | None:
-    """The module `kernels.routed` if the settings ask for Triton, else None. Triton is imported only then.
+
+def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.Tensor) -> Route | None:
+    """What routes and counts in place of routing.py and statistics.py, None if the settings ask for torch.
+    Triton and the CUDA bindings are imported only if they are asked for.
 
     Args:
         et: the router's settings.
@@ -16,11 +21,11 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
         on_device: any tensor where the router's logits will be.
 
     Raises:
-        ConfigError: Triton is asked for and cannot be had: not installed, no GPU, too many experts.
+        ConfigError: the kernels cannot be had: a package is missing, no GPU, too many experts.
     """
     if et.kernels == "torch":
         return None
-    asked = f"{flag_of('kernels')} triton"
+    asked = f"{flag_of('kernels')} {et.kernels}"
     try:
         from megatron_et.kernels import routed
     except ImportError as error:
@@ -34,4 +39,18 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
         raise ConfigError(
             f"{asked} takes at most {routed.MAX_EXPERTS} experts, and there are {num_experts}: leave it out"
         )
-    return routed
+    if et.kernels == "triton":
+        return routed.expert_threshold
+    if et.quantile != "histogram":
+        raise ConfigError(
+            f"{asked} counts a histogram, and {flag_of('quantile')} is {et.quantile}: use "
+            f"{flag_of('kernels')} triton, or {flag_of('quantile')} histogram"
+        )
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"{asked} needs NVIDIA's cuda-bindings ({error}): pip install the cuda-bindings of your CUDA "
+            f"version, or use {flag_of('kernels')} triton"
+        ) from error
+    return functools.partial(routed.expert_threshold, cuda=True)

@@ -76,8 +76,9 @@ def count(
         tl.atomic_add(tokens, tl.sum(valid_t.to(tl.int64), axis=0), sem="relaxed")
     elif BINS > 0:
         for i in tl.static_range(EXPERTS):
+            # Masks and no branch: loads of the next expert begin while this one is counted.
             e = (tl.program_id(1) * EXPERTS + i).to(tl.int64)
-            if e < num_experts:
-                x_t = tl.load(logits + t.to(tl.int64) * stride_t + e * stride_e, mask=real_t, other=0.0)
-                center = tl.load(centers + e)
-                _count_logits(x_t.to(tl.float32), valid_t, center, histogram + e * BINS, BINS, FIRST)
+            counted_t = valid_t & (e < num_experts)
+            x_t = tl.load(logits + t.to(tl.int64) * stride_t + e * stride_e, mask=counted_t, other=0.0)
+            center = tl.load(centers + e, mask=e < num_experts, other=0.0)
+            _count_logits(x_t.to(tl.float32), counted_t, center, histogram + e * BINS, BINS, FIRST)

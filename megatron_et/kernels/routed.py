@@ -11,18 +11,18 @@ import triton
 from triton.runtime.interpreter import InterpretedFunction
 
 from megatron_et.config import GateNormalization
-from megatron_et.kernels import count, route
+from megatron_et.kernels import count, native, route
 from megatron_et.statistics import Counters
 
-TILE = 2048
+TILE = 1024
 """Pairs of a token and an expert that a program routes at a time."""
-PROGRAMS = 1024
+PROGRAMS = 512
 """More programs than this do not fill a GPU better; each takes several tiles instead, up to MAX_TILES."""
 MAX_TILES = 4
 MAX_EXPERTS = 4096
 MAX_TOKENS_OF_TILE = 256
-TOKENS_COUNTED, EXPERTS_COUNTED = 1024, 8
-"""That a program of `count.count` takes; 8 fp32 logits are a sector of memory."""
+TOKENS_COUNTED, EXPERTS_COUNTED, WARPS_COUNTING = 1024, 8, 8
+"""Of a program of `count.count`; 8 fp32 logits are a sector of memory."""
 INTERPRETED = isinstance(route.forward, InterpretedFunction)
 """TRITON_INTERPRET=1 was set when Triton was imported: kernels run on the CPU, slowly."""
 
@@ -37,6 +37,7 @@ def expert_threshold(
     max_fanout: int | None = None,
     gate_normalization: GateNormalization = "none",
     counters: Counters | None = None,
+    cuda: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`routing.expert_threshold` in one pass; with `counters` it also counts, as `RouterStatistics.add`.
 
@@ -48,12 +49,16 @@ def expert_threshold(
         thresholds, lower, upper: [experts] fp32; lower and upper both or none.
         padding_mask, max_fanout, gate_normalization: as for the oracle.
         counters: None counts nothing.
+        cuda: route and count with route.cu what it takes, fan-out bound and normalization excepted.
 
     Returns:
         gates [tokens, experts], dtype of the logits, and routing_map [tokens, experts] bool.
     """
+    normalized = gate_normalization == "fanout"
+    if max_fanout is not None and max_fanout >= logits.shape[1]:
+        max_fanout = None
     return _Route.apply(
-        logits, thresholds, lower, upper, padding_mask, max_fanout, gate_normalization == "fanout", counters
+        logits, thresholds, lower, upper, padding_mask, max_fanout, normalized, counters, cuda
     )
 
 
@@ -87,6 +92,7 @@ def _count(logits: torch.Tensor, fanout: torch.Tensor, counters: Counters) -> No
         FIRST=0 if histogram is None else histogram.bits_of_first_octave,
         EXPERTS=EXPERTS_COUNTED,
         BLOCK_T=TOKENS_COUNTED,
+        num_warps=WARPS_COUNTING,
     )
 
 
@@ -104,10 +110,18 @@ class _Route(torch.autograd.Function):
         max_fanout: int | None,
         normalized: bool,
         counters: Counters | None,
+        cuda: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens, num_experts = logits.shape
+        padding = None if padding_mask is None else padding_mask.contiguous().view(torch.uint8)
         gates = torch.empty((num_tokens, num_experts), dtype=logits.dtype, device=logits.device)
         routing_map = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=logits.device)
+        ctx.normalized = normalized
+        ctx.mark_non_differentiable(routing_map)
+        if cuda and not normalized and max_fanout is None and native.takes(logits, counters):
+            native.expert_threshold(logits, thresholds, lower, upper, padding, counters, gates, routing_map)
+            ctx.save_for_backward(gates, None)
+            return gates, routing_map
         counted = counters is not None
         num_fanouts = num_tokens if normalized or counted else 0
         fanout = torch.empty(num_fanouts, dtype=torch.int32, device=logits.device)
@@ -119,7 +133,7 @@ class _Route(torch.autograd.Function):
             thresholds,
             lower,
             upper,
-            None if padding_mask is None else padding_mask.contiguous().view(torch.uint8),
+            padding,
             gates,
             routing_map,
             fanout,
@@ -130,7 +144,7 @@ class _Route(torch.autograd.Function):
             max_fanout or 0,
             BOUNDED=lower is not None,
             PADDED=padding_mask is not None,
-            LIMITED=max_fanout is not None and max_fanout < num_experts,
+            LIMITED=max_fanout is not None,
             NORMALIZED=normalized,
             COUNTED=counted,
             BLOCK_T=block_t,
@@ -140,8 +154,6 @@ class _Route(torch.autograd.Function):
         if counters is not None and num_tokens > 0:
             _count(logits, fanout, counters)
         ctx.save_for_backward(gates, fanout if normalized else None)
-        ctx.normalized = normalized
-        ctx.mark_non_differentiable(routing_map)
         return gates, routing_map
 
     @staticmethod
@@ -163,4 +175,4 @@ class _Route(torch.autograd.Function):
                 BLOCK_T=block_t,
                 BLOCK_E=block_e,
             )
-        return grad_logits, *[None] * 7
+        return grad_logits, *[None] * 8

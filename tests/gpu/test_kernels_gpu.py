@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.route_cases import NAMED, Case, check, check_every_sigmoid
+from tests.kernels.route_cases import CUDA, NAMED, Case, check, check_every_sigmoid
 
 pytestmark = pytest.mark.gpu
 
@@ -21,13 +21,61 @@ def test_fused_router(case: Case) -> None:
     check(case, "cuda")
 
 
-def test_every_sigmoid() -> None:
+BIG_CUDA = {
+    "64k-8": Case(65_536, 8),
+    "4k-1024": Case(4_096, 1_024, bounded=True),
+    "16k-128": Case(16_384, 128),
+    "16k-128-padded": Case(16_385, 128, bounded=True, padded=True),
+    "16k-128-all": Case(16_384, 128, thresholds_at=-torch.inf),
+    "1k-2304": Case(1_000, 2_304),
+}
+
+
+@pytest.mark.parametrize("case", (CUDA | BIG_CUDA).values(), ids=CUDA | BIG_CUDA)
+def test_cuda_kernel(case: Case) -> None:
+    """`--moe-et-kernels cuda`: map, counts and histogram bitwise the oracle's, gates to 1 ulp, gradients"""
+    check(case, "cuda", cuda=True)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_every_sigmoid(kernels: str) -> None:
     """the kernels' sigmoid over the range of fp32, to 1 ulp"""
-    check_every_sigmoid("cuda")
+    check_every_sigmoid("cuda", cuda=kernels == "cuda")
 
 
-def test_no_host_synchronisation() -> None:
-    """`--moe-et-kernels triton` waits for nothing: forward, counting and backward under the sync detector"""
+def test_captured_cuda_kernel() -> None:
+    """`--moe-et-kernels cuda` in a CUDA graph beside eager launches: counts as without"""
+    from megatron_et.kernels.routed import expert_threshold
+    from megatron_et.statistics import RouterStatistics
+    from megatron_et.threshold import ThresholdEMA
+
+    logits = torch.randn(5000, 64, device="cuda")
+    ema = ThresholdEMA(64, device="cuda")
+    eager, graphed = (RouterStatistics(64, 4, device="cuda") for _ in range(2))
+
+    def route(statistics: RouterStatistics) -> torch.Tensor:
+        return expert_threshold(logits, ema.value, counters=statistics.counters(ema), cuda=True)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        route(graphed)  # compiles
+    torch.cuda.synchronize()
+    graphed.reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        gates = route(graphed)
+    for _ in range(3):
+        logits.normal_()
+        expected = route(eager)
+        graph.replay()
+        assert torch.equal(gates, expected)
+    assert torch.equal(graphed.integers(), eager.integers())
+    assert int(graphed.counts.sum()) > 0
+
+
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_no_host_synchronisation(kernels: str) -> None:
+    """`--moe-et-kernels {kernels}` waits for nothing: forward, counting, backward under the sync detector"""
     from megatron_et.kernels.routed import expert_threshold
     from megatron_et.statistics import RouterStatistics
     from megatron_et.threshold import ThresholdEMA
@@ -38,7 +86,9 @@ def test_no_host_synchronisation() -> None:
     for mode in ("default", "error"):  # the first pass compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            gates, _ = expert_threshold(logits, ema.value, counters=statistics.counters(ema))
+            gates, _ = expert_threshold(
+                logits, ema.value, counters=statistics.counters(ema), cuda=kernels == "cuda"
+            )
             gates.backward(upstream)
         finally:
             torch.cuda.set_sync_debug_mode("default")

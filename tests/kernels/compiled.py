@@ -3,14 +3,15 @@
 What the interpreter cannot see: types, layouts and instructions that a GPU has not.
 """
 
+import itertools
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_et.kernels import route
-from megatron_et.kernels.routed import tile
+from megatron_et.kernels import count, native, route
+from megatron_et.kernels.routed import EXPERTS_COUNTED, TOKENS_COUNTED, tile
 
 GPUS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 POINTERS = {
@@ -38,18 +39,25 @@ def main() -> None:
     """All GPUs with a common setting, and an H100 with all."""
     plain = {"BOUNDED": False, "PADDED": False, "LIMITED": False, "NORMALIZED": False, "COUNTED": True}
     none = {"lower": None, "upper": None, "padding": None}
-    bins = {"BINS": 1024, "FIRST": 1712}
     full = {"BOUNDED": True, "PADDED": True, "LIMITED": True, "NORMALIZED": True, "COUNTED": True}
-    uncounted = {**plain, **none, "COUNTED": False, "BINS": 0, "FIRST": 0}
-    nowhere = {"centers": None, "counts": None, "histogram": None}
-    cases = [(gpu, 128, {**plain, **none, **bins}, "fp32") for gpu in GPUS]
-    cases += [("sm_90", experts, {**full, **bins}, "fp32") for experts in (1, 8, 256, 2304)]
-    cases += [("sm_90", 64, {**uncounted, **nowhere}, "fp32"), ("sm_90", 64, {**full, **bins}, "bf16")]
+    uncounted = {**plain, **none, "COUNTED": False, "counts": None}
+    cases = [(gpu, 128, {**plain, **none}, "fp32") for gpu in GPUS]
+    cases += [("sm_90", experts, full, "fp32") for experts in (1, 8, 256, 2304)]
+    cases += [("sm_90", 64, uncounted, "fp32"), ("sm_90", 64, full, "bf16")]
     for gpu, experts, constants, dtype in cases:
         blocks = dict(zip(("BLOCK_T", "BLOCK_E"), tile(experts), strict=True))
-        compile_kernel(route.forward, {**constants, **blocks}, dtype, gpu)
+        compile_kernel(route.forward, {**constants, **blocks, "BLOCKS": 2}, dtype, gpu)
         normalized = {"NORMALIZED": constants["NORMALIZED"]}
         compile_kernel(route.backward, {**normalized, **blocks}, dtype, gpu)
+    bins = {"BINS": 1024, "FIRST": 1712}
+    for gpu, dtype in (("sm_80", "fp32"), ("sm_90", "fp32"), ("sm_100", "fp32"), ("sm_90", "bf16")):
+        stripe = {"EXPERTS": EXPERTS_COUNTED, "BLOCK_T": TOKENS_COUNTED}
+        compile_kernel(count.count, {**bins, **stripe}, dtype, gpu)
+    nothing = {"BINS": 0, "FIRST": 0, "centers": None, "histogram": None}
+    compile_kernel(count.count, {**nothing, **stripe}, "fp32", "sm_90")
+    for gpu, counted in itertools.product(GPUS, (0, 1)):
+        code = native.compiled(gpu, {"COUNTED": counted, **bins})
+        print(f"compiled {gpu} route.cu {len(code)} bytes counted={counted}", flush=True)
 
 
 if __name__ == "__main__":

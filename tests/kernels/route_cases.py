@@ -28,6 +28,8 @@ class Case:
     transposed: bool = False
     """Logits and upstream gradients have the tokens' stride 1."""
     dtype: torch.dtype = torch.float32
+    thresholds_at: float | None = None
+    """None: normal."""
     odd_values: bool = True
     """NaN, infinities, zeros of both signs, subnormals, huge values and ties are among the logits."""
 
@@ -49,7 +51,24 @@ NAMED = {
 }
 
 
-def check(case: Case, device: str) -> None:
+CUDA = {
+    "one-stripe": Case(100, 8),
+    "two-groups": Case(70, 16, padded=True),
+    "stripes": Case(300, 24, bounded=True, padded=True),
+    "every-expert": Case(40, 72, thresholds_at=-torch.inf),
+    "all-equal": Case(33, 8, scale=0.0, odd_values=False),
+    "huge": Case(20, 8, scale=1e37),
+    "not-multiple-of-8": Case(37, 7),
+    "fan-out-bound": Case(37, 16, max_fanout=2),
+    "normalized": Case(37, 16, normalized=True),
+    "bf16": Case(33, 16, dtype=torch.bfloat16),
+    "not-contiguous": Case(65, 24, transposed=True),
+    "no-token": Case(0, 8, padded=True),
+}
+"""Of route.cu: what it takes, and what it leaves to Triton."""
+
+
+def check(case: Case, device: str, *, cuda: bool = False) -> None:
     """Route, count and differentiate with both; map and counts equal to the bit, gates to 1 ulp."""
     t, e = case.tokens, case.experts
     generator = torch.Generator().manual_seed(case.seed)
@@ -58,7 +77,7 @@ def check(case: Case, device: str) -> None:
         return torch.randn(*shape, generator=generator)
 
     logits = normal(t, e) * case.scale
-    thresholds = normal(e)
+    thresholds = normal(e) if case.thresholds_at is None else torch.full((e,), case.thresholds_at)
     if case.odd_values and t > 0:
         odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 0.5])
         where = torch.randint(t * e, (min(t * e, 24),), generator=generator)
@@ -87,7 +106,7 @@ def check(case: Case, device: str) -> None:
     counted = RouterStatistics(e, 1, device=device)
     for _ in range(2):  # counts are added to, not written
         gates, routing_map = expert_threshold(
-            own_logits, ema.value, **settings, counters=counted.counters(ema)
+            own_logits, ema.value, **settings, counters=counted.counters(ema), cuda=cuda
         )
     torch.testing.assert_close(routing_map, expected_map, rtol=0, atol=0)
     assert torch.equal(counted.counts, 2 * expected.counts)
@@ -113,7 +132,7 @@ def check(case: Case, device: str) -> None:
     torch.testing.assert_close(own_logits.grad.float(), expected_grad, **tolerance)
 
     # Counting nothing routes the same.
-    again, map_again = expert_threshold(own_logits, ema.value, **settings)
+    again, map_again = expert_threshold(own_logits, ema.value, **settings, cuda=cuda)
     assert torch.equal(again, gates)
     assert torch.equal(map_again, routing_map)
 
@@ -137,9 +156,10 @@ def ulps_apart(left: torch.Tensor, right: torch.Tensor) -> int:
     return int(distance.abs().max())
 
 
-def check_every_sigmoid(device: str) -> None:
+def check_every_sigmoid(device: str, *, cuda: bool = False) -> None:
     """Gates over the whole range of logits: 1 ulp from the exact sigmoid, also where it is subnormal."""
-    logits = torch.cat([torch.linspace(-110, 110, 40_001), torch.linspace(-2, 2, 20_001)]).to(device)
-    gates, routing_map = expert_threshold(logits.unsqueeze(1), torch.tensor([-torch.inf], device=device))
+    logits = torch.cat([torch.linspace(-110, 110, 40_001), torch.linspace(-2, 2, 20_007)]).to(device)
+    thresholds = torch.full((8,), -torch.inf, device=device)
+    gates, routing_map = expert_threshold(logits.view(-1, 8), thresholds, cuda=cuda)
     assert routing_map.all()
-    assert ulps_apart(gates.squeeze(1), torch.sigmoid(logits.double()).float()) <= 1
+    assert ulps_apart(gates, torch.sigmoid(logits.view(-1, 8).double()).float()) <= 1

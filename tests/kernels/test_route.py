@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from tests.kernels.route_cases import NAMED, Case, check, check_every_sigmoid
+from tests.kernels.cuda_on_cpu import OnCpu, compiler
+from tests.kernels.route_cases import CUDA, NAMED, Case, check, check_every_sigmoid
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
 
@@ -43,3 +45,46 @@ def test_any_case(case: Case) -> None:
 
 def test_every_sigmoid() -> None:
     check_every_sigmoid("cpu")
+
+
+@pytest.fixture(scope="module")
+def cuda_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnCpu]:
+    """route.cu on the CPU."""
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield OnCpu(tmp_path_factory.mktemp("cuda"), monkeypatch)
+
+
+LEFT_TO_TRITON = {"not-multiple-of-8", "fan-out-bound", "normalized", "bf16", "not-contiguous", "no-token"}
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_cuda_kernel(name: str, cuda_on_cpu: OnCpu) -> None:
+    before = cuda_on_cpu.launches
+    check(CUDA[name], "cpu", cuda=True)
+    assert cuda_on_cpu.launches - before == (0 if name in LEFT_TO_TRITON else 3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    case=st.builds(
+        Case,
+        tokens=st.integers(1, 200),
+        experts=st.sampled_from([8, 16, 40]),
+        seed=st.integers(0, 10_000),
+        scale=st.sampled_from([0.0, 1e-30, 0.01, 1.0, 30.0, 1e30]),
+        bounded=st.booleans(),
+        padded=st.booleans(),
+    )
+)
+def test_cuda_kernel_in_any_case(case: Case, cuda_on_cpu: OnCpu) -> None:
+    before = cuda_on_cpu.launches
+    check(case, "cpu", cuda=True)
+    assert cuda_on_cpu.launches - before == 3
+
+
+def test_every_sigmoid_of_the_cuda_kernel(cuda_on_cpu: OnCpu) -> None:
+    before = cuda_on_cpu.launches
+    check_every_sigmoid("cpu", cuda=True)
+    assert cuda_on_cpu.launches - before == 1

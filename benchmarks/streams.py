@@ -166,7 +166,7 @@ def histogram_cutoff(
     multinomial.
     """
     pool = Histogram(len(centers_E), centers=centers_E)
-    edges_EB = pool.centers_E.double().unsqueeze(1) + pool._edges()
+    edges_EB = pool.centers_E.double().unsqueeze(1) + pool.edges()
     # The outermost bins reach to infinity.
     everything = torch.ones(len(centers_E), 1, dtype=torch.float64)
     tails_EB = torch.cat([everything, stream.tail(edges_EB[:, 1:-1]), 0.0 * everything], dim=1)

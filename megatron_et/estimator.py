@@ -144,8 +144,7 @@ class HistogramQuantile:
 
     def _kth_largest(self, integers: torch.Tensor, centers_E: torch.Tensor, k: Count) -> torch.Tensor:
         # The experts of all layers are experts of one histogram, each with its layer's k.
-        pool = Histogram(centers_E.numel(), self._histogram.bins, centers=centers_E.reshape(-1))
-        pool.counts_EB = integers.reshape(-1, self._histogram.bins)
+        pool = Histogram.of_counts(integers.reshape(-1, self._histogram.bins), centers_E.reshape(-1))
         k_E = torch.as_tensor(k, device=integers.device).expand_as(centers_E)
         return pool.kth_largest(k_E.reshape(-1)).view_as(centers_E)
 

@@ -7,6 +7,7 @@ micro-batches and ranks (to within a bin, with one reduction at the end).
 Dimension letters: T tokens of the pool, E experts, B bins, Q quantiles asked for at once.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -245,6 +246,14 @@ class Histogram:
         )
         self.counts_EB = torch.zeros(num_experts, bins, dtype=torch.int64, device=self.centers_E.device)
 
+    @classmethod
+    def of_counts(cls, counts_EB: torch.Tensor, centers_E: torch.Tensor) -> "Histogram":
+        """Counts that are there already, taken over without a copy."""
+        histogram = cls.__new__(cls)
+        histogram.num_experts, histogram.bins = counts_EB.shape
+        histogram.centers_E, histogram.counts_EB = centers_E, counts_EB
+        return histogram
+
     @property
     def _octaves(self) -> tuple[int, int]:
         """Exponents of the smallest distance that has an octave of its own and of the largest."""
@@ -307,15 +316,21 @@ class Histogram:
         bin_E1 = ((reaching_EB >= k_E.unsqueeze(1)).sum(dim=1, keepdim=True) - 1).clamp_(min=0)
         inside_E = self.counts_EB.gather(1, bin_E1).squeeze(1)
         above_E = reaching_EB.gather(1, bin_E1).squeeze(1) - inside_E
-        edges, bin_E = self._edges(), bin_E1.squeeze(1)
+        edges, bin_E = self.edges(), bin_E1.squeeze(1)
         high_E, low_E = edges[bin_E + 1], edges[bin_E]
         share_E = (k_E - above_E).double() / inside_E.clamp(min=1)
         cutoffs_E = self.centers_E.double() + high_E - (high_E - low_E) * share_E
         return torch.where(k_E > 0, cutoffs_E, torch.inf)
 
-    def _edges(self) -> torch.Tensor:
+    def edges(self) -> torch.Tensor:
         """Distances from the centre that bound the bins, ascending, [bins + 1] fp64."""
-        steps = torch.arange(self.bins // 2 + 1, dtype=torch.int32, device=self.counts_EB.device)
-        positive = ((steps + self.bits_of_first_octave) << MANTISSA_SHIFT).view(torch.float32).double()
-        positive[0] = 0.0
-        return torch.cat([-positive.flip(0), positive[1:]])
+        return _edges(self.bins, self.bits_of_first_octave, self.counts_EB.device)
+
+
+@functools.cache
+def _edges(bins: int, bits_of_first_octave: int, device: torch.device) -> torch.Tensor:
+    # Once a device. masked_fill and not an assignment, which would copy its number to the device and wait.
+    steps = torch.arange(bins // 2 + 1, dtype=torch.int32, device=device)
+    positive = ((steps + bits_of_first_octave) << MANTISSA_SHIFT).view(torch.float32).double()
+    positive.masked_fill_(steps == 0, 0.0)
+    return torch.cat([-positive.flip(0), positive[1:]])

@@ -2,7 +2,8 @@
 
 On a GPU torch.cuda.set_sync_debug_mode tells (tests/gpu). Here every way to turn what is in a tensor into
 something that Python knows is watched: reading a number, a truth value, a list or an array, copying to the
-host, and operations whose result has a size that depends on values.
+host, and operations whose result has a size that depends on values. So is a number that is assigned into a
+tensor: torch copies it to the device, and waits.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def host_syncs() -> Iterator[list[str]]:
     """The places of all host synchronisations inside."""
     mode = HostSyncs()
     originals = {name: getattr(torch.Tensor, name) for name in METHODS}
-    moved = torch.Tensor.to
+    moved, assigned = torch.Tensor.to, torch.Tensor.__setitem__
     inside = False
 
     def watched(name: str) -> Any:
@@ -77,13 +78,20 @@ def host_syncs() -> Iterator[list[str]]:
             mode.note("to('cpu')")
         return moved(self, *args, **kwargs)
 
+    def setitem(self: torch.Tensor, index: Any, value: Any) -> None:
+        if not isinstance(value, torch.Tensor):
+            mode.note("__setitem__")
+        assigned(self, index, value)
+
     try:
         for name in METHODS:
             setattr(torch.Tensor, name, watched(name))
         torch.Tensor.to = to  # type: ignore[method-assign,assignment]
+        torch.Tensor.__setitem__ = setitem  # type: ignore[method-assign,assignment]
         with mode:
             yield mode.found
     finally:
         for name, original in originals.items():
             setattr(torch.Tensor, name, original)
         torch.Tensor.to = moved  # type: ignore[method-assign]
+        torch.Tensor.__setitem__ = assigned  # type: ignore[method-assign]

@@ -19,6 +19,7 @@ EXPERTS = 8
 """Of a block; route.cu's."""
 THREADS, LOADS = 512, 8
 ROWS_AT_ONCE = THREADS // 2
+BLOCKS_PER_MULTIPROCESSOR = 1
 MOST_ROWS = 4096
 """Tokens of a stripe: more blocks than the GPU runs at once gain nothing, but this many tokens hide what a
 block costs to begin and end."""
@@ -65,7 +66,8 @@ def expert_threshold(
     `routed.expert_threshold`, `padding` [tokens] uint8. What `takes` has refused must not be given."""
     num_tokens, num_experts = logits.shape
     groups = num_experts // EXPERTS
-    rows = rows_of_stripe(num_tokens, groups, multiprocessors(logits.device))
+    blocks = BLOCKS_PER_MULTIPROCESSOR * multiprocessors(logits.device)
+    rows = rows_of_stripe(num_tokens, groups, blocks)
     stripes = -(-num_tokens // rows)
     constants = {"COUNTED": 0, "BINS": 0, "FIRST": 0}
     counted: tuple[torch.Tensor | None, ...] = (None,) * 4
@@ -110,7 +112,7 @@ def work_for(device: torch.device, num_tokens: int, stripes: int) -> Work:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Blocks that run at once."""
+    """Of the GPU; the CPU, where tests run the kernel, does one block at a time."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,10 +17,10 @@ from megatron_et.statistics import Counters
 SOURCE = Path(__file__).with_name("route.cu")
 EXPERTS = 8
 """Of a block; route.cu's."""
-THREADS, LOADS = 512, 8
+THREADS, LOADS = 512, 2
 ROWS_AT_ONCE = THREADS // 2
 BLOCKS_PER_MULTIPROCESSOR = 1
-MOST_ROWS = 4096
+MOST_ROWS = 2048
 """Tokens of a stripe: more blocks than the GPU runs at once gain nothing, but this many tokens hide what a
 block costs to begin and end."""
 

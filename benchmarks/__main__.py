@@ -3,13 +3,14 @@
     python -m benchmarks run router            # or layer, memory, step, all; on a GPU if there is one
     python -m benchmarks run layer --methods et topk-aux --workloads balanced hot-expert
     python -m benchmarks compare OLD.csv NEW.csv
-    python -m benchmarks table                 # writes the README's table from benchmarks/results
+    python -m benchmarks table                 # writes all tables and pictures from benchmarks/results
 
 Results go to benchmarks/results/LEVEL_DEVICE.csv, .md and .png; a run replaces the rows that it measured
 again. Without a GPU set MEGATRON_ET_CPU=1: real Megatron over gloo, two processes where a level needs ranks.
 """
 
 import argparse
+import itertools
 import os
 import socket
 import subprocess
@@ -57,9 +58,16 @@ def measure(level: str, args: argparse.Namespace) -> None:
     else:
         order = Order(level, args.methods, args.workloads, args.samples, output, args.natural, args.first)
         launch(order, CPU_RANKS[level] if device() == "cpu" else args.ranks)
-    rows = read(output)
-    output.with_suffix(".md").write_text(tables.markdown(rows, level, device()))
-    plots.draw(rows, level, output.with_suffix(".png"))
+    pages(level, device(), args.output)
+
+
+def pages(level: str, of_device: str, folder: Path) -> None:
+    """The table and the picture of a result file, if there is one."""
+    file = tables.result_file(level, of_device, folder)
+    rows = read(file)
+    if rows:
+        file.with_suffix(".md").write_text(tables.markdown(rows, level, of_device))
+        plots.draw(rows, level, file.with_suffix(".png"))
 
 
 def launch(order: Order, ranks: int) -> None:
@@ -96,11 +104,13 @@ def main() -> None:
     both = commands.add_parser("compare", help="two result files side by side")
     both.add_argument("old", type=Path)
     both.add_argument("new", type=Path)
-    commands.add_parser("table", help="write the README's table")
+    commands.add_parser("table", help="write the README's table, and every result file's own and its picture")
     args = parser.parse_args()
     if args.command == "compare":
         print(compare.text(compare.changes(read(args.old), read(args.new))))
     elif args.command == "table":
+        for level, of_device in itertools.product(LEVELS, tables.DEVICES):
+            pages(level, of_device, RESULTS)
         readme = ROOT / "README.md"
         readme.write_text(tables.put_into(readme.read_text(), tables.readme_table()))
     else:

@@ -1,6 +1,7 @@
 """Results as Markdown, also the README's table: ratios to top-k with an auxiliary loss, side by side in
 one run."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from benchmarks.suite.results import RESULTS, Row, read
 
 BASELINE = "topk-aux"
 BEGIN, END = "<!-- speed: written by python -m benchmarks table -->", "<!-- end of speed -->"
-DEVICES = {"cpu": "2 CPU cores", "cuda": "A GPU"}
+DEVICES = {"cuda": "a GPU", "cpu": "2 CPU cores"}
 README_COLUMNS = {
     "router": "router forward + backward, ms",
     "layer": "MoE layer forward + backward, ms",
@@ -40,7 +41,7 @@ def ratios(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, float]]:
 def markdown(rows: Sequence[Row], level: str, device: str) -> str:
     """Everything that a file holds: a table a case, methods down, quantities across."""
     lines = [
-        f"# Level `{level}`, {DEVICES[device]}",
+        f"# Level `{level}`, {_name(rows, device)}",
         "",
         f"Written by `python -m benchmarks run {level}`; the csv beside it has every number with its 20 % "
         "and 80 % quantiles. "
@@ -69,6 +70,12 @@ def markdown(rows: Sequence[Row], level: str, device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _name(rows: Sequence[Row], device: str) -> str:
+    """What the rows were measured on."""
+    names = {found[1] for row in rows if (found := re.search(r"GPU=([^;]+)", row.environment))}
+    return ", ".join(sorted(names)) if device == "cuda" and names else DEVICES[device]
+
+
 def _cell(row: Row | None, here: Sequence[Row]) -> str:
     if row is None or not row.measured:
         return "-"
@@ -87,11 +94,12 @@ def readme_table(folder: Path = RESULTS) -> str:
     """The README's part: one case a level and device, medians and ratios; what is not measured is said."""
     heads = ["method", *README_COLUMNS.values()]
     lines = []
-    for device, where in DEVICES.items():
+    for device in DEVICES:
         found = {level: read(result_file(level, device, folder)) for level in README_COLUMNS}
         if not any(found.values()):
-            lines += [f"{where}: not measured yet.", ""]
+            lines += [f"On {DEVICES[device]}: not measured yet.", ""]
             continue
+        where = _name([row for rows in found.values() for row in rows], device)
         chosen = {level: _chosen(level, rows) for level, rows in found.items()}
         lines += [f"On {where}, median [ratio to `{BASELINE}`]:", ""]
         lines += [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * len(README_COLUMNS)]

@@ -1,6 +1,7 @@
 """The process that measures: started by `python -m benchmarks run`, alone or one for each rank."""
 
 import argparse
+import gc
 import logging
 import sys
 import warnings
@@ -116,6 +117,9 @@ def main() -> None:
             for one in rows:
                 value = f"{one.median:10.3f} {one.unit}" if one.measured else f"{'':10} -"
                 print(f"{one.case:44} {one.method:20} {one.quantity:10} {value}  {one.note}", flush=True)
+        gc.collect()  # layers and their routers hold on to one another
+        if device == "cuda":
+            torch.cuda.empty_cache()
     torch.distributed.destroy_process_group()
 
 

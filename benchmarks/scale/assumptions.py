@@ -1,4 +1,4 @@
-"""Numbers of the hardware that nothing here has measured. A file of measured ones takes their place:
+"""Numbers of the hardware, most of them not measured here. A file of measured ones takes their place:
 columns name, value, source; a line `hbm_efficiency,0.82,copy_h100.csv` is one number.
 """
 
@@ -21,6 +21,7 @@ class Assumption:
 
 
 SHEET, NCCL, GUESS = "H100 SXM data sheet", "NCCL's tuning.cc: ring, Simple", "assumption"
+MEASURED = "measured on an H100: results/kernel_times.md, results/router_cuda.md"
 TABLE = (
     Assumption("nvlink", 450e9, "NVLink 4, bytes/s of a GPU in one direction", SHEET),
     Assumption("nvlink_efficiency", 0.8, "of it that collectives reach", f"{GUESS}; NCCL issue 1264: 0.83"),
@@ -30,12 +31,10 @@ TABLE = (
     Assumption("nic_hop", 9.6e-6, "seconds of a step between nodes", NCCL),
     Assumption("collective_launch", 8.4e-6, "seconds before a collective starts", NCCL),
     Assumption("hbm", 3.35e12, "HBM3, bytes/s", SHEET),
-    Assumption("hbm_efficiency", 0.7, "of it that elementwise kernels reach", GUESS),
-    Assumption("kernel_launch", 5e-6, "seconds that each of many small kernels takes at least", GUESS),
-    Assumption(
-        "atomic_bytes", 64.0, "HBM bytes of a logit that the fused kernel counts, at worst",
-        f"{GUESS}: a 32-byte sector read and written",
-    ),
+    Assumption("hbm_efficiency", 0.84, "of it that a copy of 176 MB reaches", MEASURED),
+    Assumption("kernel_launch", 4.3e-6, "seconds of a small kernel at the boundary: 355 us for 83", MEASURED),
+    Assumption("triton_pair", 1.34e-11, "seconds to count a logit beside routing it, Triton", MEASURED),
+    Assumption("cuda_pair", 2.5e-12, "seconds to count a logit beside routing it, CUDA kernel", MEASURED),
     Assumption("peak_bf16", 989e12, "FLOP/s, dense", SHEET),
     Assumption("peak_fp8", 1979e12, "FLOP/s, dense", SHEET),
     Assumption("gemm_efficiency", 0.55, "of the peak that grouped GEMMs reach", GUESS),

@@ -28,7 +28,7 @@ class Statistics:
     best_algorithm: str
     boundary_seconds: float
     counting_seconds: dict[str, float]
-    """By --moe-et-kernels; the fused kernel's is a bound."""
+    """By --moe-et-kernels."""
     step_seconds: float
 
     @property
@@ -69,7 +69,8 @@ def statistics(
         ),
         counting_seconds={
             "torch": hardware.copying(costs.pair_bytes * pairs),
-            "triton": hardware.copying(hardware["atomic_bytes"] * pairs),
+            "triton": hardware["triton_pair"] * pairs,
+            "cuda": hardware["cuda_pair"] * pairs,
         },
         step_seconds=placement.step_seconds,
     )

@@ -21,7 +21,7 @@ def statistics(get: Rows, target: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), sharey=True, layout="constrained")
     titles = {
         "once share": "reduction + boundary",
-        "share with triton": "+ counting, fused kernel (upper bound)",
+        "share with cuda": "+ counting, CUDA kernel",
         "share with torch": "+ counting, torch operations",
     }
     for panel, (quantity, title) in zip(axes, titles.items(), strict=True):

@@ -1,6 +1,7 @@
 """Versions of the packages that Megatron calls. Each probe runs in a child process of its own: an import of
 compiled code may crash without a driver."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -18,7 +19,7 @@ UNRELATED_APEX = (
 
 
 def torch_and_cuda() -> list[Finding]:
-    """torch, GPUs, NCCL and Triton."""
+    """torch, GPUs, NCCL, Triton and CUDA's Python bindings."""
     import torch
 
     build = f"CUDA {torch.version.cuda} build" if torch.version.cuda else "no CUDA build"
@@ -33,7 +34,11 @@ def torch_and_cuda() -> list[Finding]:
     triton = "not installed"
     if importlib.util.find_spec("triton") is not None:
         triton = importlib.import_module("triton").__version__
-    return [*found, Finding(PLAIN, "Triton", triton)]
+    found.append(Finding(PLAIN, "Triton", triton))
+    bindings = "not installed (--moe-et-kernels cuda needs them)"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        bindings = importlib.metadata.version("cuda-bindings")
+    return [*found, Finding(PLAIN, "cuda-bindings", bindings)]
 
 
 def transformer_engine() -> list[Finding]:

@@ -53,4 +53,10 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
             f"{asked} needs NVIDIA's cuda-bindings ({error}): pip install the cuda-bindings of your CUDA "
             f"version, or use {flag_of('kernels')} triton"
         ) from error
+    try:
+        routed.native.prepare()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{asked}: its kernel cannot be had on this GPU: {error}. Use {flag_of('kernels')} triton"
+        ) from error
     return functools.partial(routed.expert_threshold, cuda=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_et.quantile import Histogram
 from megatron_et.statistics import Counters
 
 SOURCE = Path(__file__).with_name("route.cu")
@@ -69,7 +70,7 @@ def expert_threshold(
     blocks = BLOCKS_PER_MULTIPROCESSOR * multiprocessors(logits.device)
     rows = rows_of_stripe(num_tokens, groups, blocks)
     stripes = -(-num_tokens // rows)
-    constants = {"COUNTED": 0, "BINS": 0, "FIRST": 0}
+    constants = constants_for(None)
     counted: tuple[torch.Tensor | None, ...] = (None,) * 4
     centers = None
     if counters is not None and counters.histogram is not None:
@@ -77,7 +78,7 @@ def expert_threshold(
         work = work_for(logits.device, num_tokens, stripes)
         centers = histogram.centers_E
         counted = work.fanout, work.arrived, counters.counts, histogram.counts_EB
-        constants = {"COUNTED": 1, "BINS": histogram.bins, "FIRST": histogram.bits_of_first_octave}
+        constants = constants_for(histogram)
     tensors = (logits, thresholds, lower, upper, padding, centers, gates, routing_map, *counted)
     launch(
         (groups, stripes),
@@ -86,6 +87,23 @@ def expert_threshold(
         logits.device,
         constants,
     )
+
+
+def constants_for(histogram: Histogram | None) -> dict[str, int]:
+    """What route.cu is compiled with to count into this histogram, or to count nothing."""
+    if histogram is None:
+        return {"COUNTED": 0, "BINS": 0, "FIRST": 0}
+    return {"COUNTED": 1, "BINS": histogram.bins, "FIRST": histogram.bits_of_first_octave}
+
+
+def prepare() -> None:
+    """Compile for the current GPU now, in a second or two, rather than in the first step.
+
+    Raises:
+        RuntimeError: NVRTC or the driver could not.
+    """
+    for histogram in (None, Histogram(1)):
+        _function(torch.cuda.current_device(), *constants_for(histogram).items())
 
 
 def rows_of_stripe(num_tokens: int, groups: int, blocks: int) -> int:
@@ -179,6 +197,4 @@ def compiled(architecture: str, constants: dict[str, int]) -> bytes:
 
 def _check(status: Any, what: str) -> None:
     if int(status) != 0:
-        raise RuntimeError(
-            f"{what} failed: {status!r}. Leave out --moe-et-kernels cuda, or use its choice triton."
-        )
+        raise RuntimeError(f"{what} failed: {status!r}")

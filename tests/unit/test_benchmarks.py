@@ -175,7 +175,7 @@ def test_tables_leave_other_work_out_of_the_ratios(tmp_path: Path) -> None:
     assert "| `et` | 1 [0.25] | - | - | - |" in table
     assert "`ec`" not in table
     assert "Not measured: layer, step, memory." in table
-    assert "A GPU: not measured yet." in table
+    assert "On a GPU: not measured yet." in table
 
 
 def test_the_table_goes_between_its_markers() -> None:

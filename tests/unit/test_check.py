@@ -200,7 +200,7 @@ def test_torch_is_described_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     found = {finding.label: finding.text for finding in packages.probe("torch")}
     assert found["torch"].startswith(torch.__version__)
     assert found["GPU"].startswith("none visible")
-    assert set(found) == {"torch", "GPU", "NCCL", "Triton"}
+    assert set(found) == {"torch", "GPU", "NCCL", "Triton", "cuda-bindings"}
 
 
 # --- which Megatron, which seams ---

@@ -4,6 +4,7 @@ not here, and when they are refused."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,8 +67,56 @@ def test_triton_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch
         load_kernels(TRITON, 8, torch.zeros(1))
 
 
+CUDA = replace(TRITON, kernels="cuda")
+GPU = SimpleNamespace(is_cuda=True, device="cuda:0")
+
+
+def test_cuda_is_compiled_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_et.kernels import native
+
+    prepared: list[str] = []
+    monkeypatch.setattr(native, "prepare", lambda: prepared.append("now"))
+    route = load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
+    assert prepared == ["now"]
+    assert route is not None
+    assert route.keywords == {"cuda": True}  # type: ignore[attr-defined]
+
+
+def test_cuda_that_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_et.kernels import native
+
+    # A kernel for a GPU that there is not: NVRTC's own message.
+    monkeypatch.setattr(native, "prepare", lambda: native.compiled("sm_1", native.constants_for(None)))
+    with pytest.raises(
+        ConfigError, match=r"kernel cannot be had on this GPU: NVRTC could not compile route\.cu for sm_1"
+    ):
+        load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
+
+
+def test_cuda_without_its_bindings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(ConfigError, match="--moe-et-kernels cuda needs NVIDIA's cuda-bindings"):
+        load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
+
+
+def test_cuda_counts_histograms_only() -> None:
+    kth = replace(CUDA, quantile="kth-largest")
+    with pytest.raises(ConfigError, match="cuda counts a histogram, and --moe-et-quantile is kth-largest"):
+        load_kernels(kth, 8, GPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rows"),
+    [(16_384, 128, 2048), (4_096, 1_024, 2048), (16_384, 8, 256), (1, 8, 256), (65_536, 64, 2048)],
+)
+def test_stripes_of_the_cuda_kernel(tokens: int, experts: int, rows: int) -> None:
+    """One wave of blocks on an H100's 132 multiprocessors where stripes of at most 2,048 tokens allow it."""
+    from megatron_et.kernels.native import rows_of_stripe
+
+    assert rows_of_stripe(tokens, experts // 8, 132) == rows
+
+
 def test_too_many_experts_are_refused() -> None:
-    gpu = SimpleNamespace(is_cuda=True, device="cuda:0")
-    assert load_kernels(TRITON, 4096, gpu) is not None  # type: ignore[arg-type]
+    assert load_kernels(TRITON, 4096, GPU) is not None  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="at most 4096 experts, and there are 4097"):
-        load_kernels(TRITON, 4097, gpu)  # type: ignore[arg-type]
+        load_kernels(TRITON, 4097, GPU)  # type: ignore[arg-type]

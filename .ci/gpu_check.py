@@ -3,6 +3,9 @@
     python .ci/gpu_check.py [--commit NAME] [pytest's arguments; all of tests/gpu if they name no tests]
     python .ci/gpu_check.py [--commit NAME] --record REPORT.xml ...   # of pytest runs on this machine
 
+All of tests/gpu is run file by file, each recorded as soon as it has ended. With pytest-xdist,
+`-n 4 --dist loadgroup` runs four tests at a time: most of a test's time is the start of its process.
+
 The first line of a test's docstring is its feature (tests/gpu/conftest.py). Every feature that was run gets
 one row between two markers of docs/verified.md, which replaces the row of the same feature, hardware and
 versions if there is one; all other rows stay. No network is needed. The exit status is pytest's, and 2 on a
@@ -232,13 +235,22 @@ def main(argv: Sequence[str]) -> int:
     if arguments.record:
         record(name, arguments.record)
         return 0
+    if any((ROOT / word.partition("::")[0]).exists() for word in pytest_arguments):
+        return run(name, pytest_arguments)
+    # File by file: what is finished is recorded if the machine is taken away.
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    return max(run(name, [str(file.relative_to(ROOT)), *pytest_arguments]) for file in files)
+
+
+def run(name: str, pytest_arguments: Sequence[str]) -> int:
+    """Run and record; returns pytest's exit status."""
     REPORT.parent.mkdir(exist_ok=True)
     REPORT.unlink(missing_ok=True)
-    named = any((ROOT / word.partition("::")[0]).exists() for word in pytest_arguments)
-    tests = pytest_arguments if named else ["tests/gpu", *pytest_arguments]
     # xunit1: the schema that has properties of single tests.
     options = ["-m", "gpu", "-o", "junit_family=xunit1", f"--junitxml={REPORT}"]
-    status = subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT).returncode
+    status = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *pytest_arguments], cwd=ROOT
+    ).returncode
     if REPORT.exists():
         record(name, [REPORT])
     return status

@@ -651,23 +651,27 @@ def check_capacity() -> None:
         assert routing_map.all() if thresholds < 0 else not routing_map.any()
 
 
-def check_fused_router(quantile: str) -> None:
-    """--moe-et-kernels triton, in Triton's interpreter: a layer routes, counts, learns and moves its
-    thresholds as with torch, through warm-up, capacity, padding and evaluation."""
+def check_fused_router(quantile: str, kernels: str = "triton") -> None:
+    """--moe-et-kernels triton, in Triton's interpreter, and cuda, compiled for the CPU: a layer routes,
+    counts, learns and moves its thresholds as with torch, through warm-up, capacity, padding and
+    evaluation."""
     import os
 
     os.environ["TRITON_INTERPRET"] = "1"
     import megatron_et
 
     start(expert_model_parallel_size=int(WORLD))
+    # What the CUDA kernel leaves to Triton's.
+    rest = {"max_fanout": 3, "gate_normalization": "fanout"} if kernels == "triton" else {}
+    launches = cuda_on_cpu() if kernels == "cuda" else lambda: 0
     layers = [
         moe_layer(
             warmup=2,
             capacity=0.5,
             expert_model_parallel_size=int(WORLD),
-            et={"kernels": kernels, "quantile": quantile, "max_fanout": 3, "gate_normalization": "fanout"},
+            et={"kernels": chosen, "quantile": quantile, **rest},
         )
-        for kernels in ("torch", "triton")
+        for chosen in ("torch", kernels)
     ]
     assert layers[0].router._kernels is None
     assert layers[1].router._kernels is not None
@@ -695,10 +699,23 @@ def check_fused_router(quantile: str) -> None:
                     counts,
                 )
             )
-        (*torchs, torchs_counts), (*tritons, tritons_counts) = seen
-        assert torch.equal(torchs_counts, tritons_counts)
-        for expected, actual in zip(torchs, tritons, strict=True):
+        (*torchs, torchs_counts), (*fused, fused_counts) = seen
+        assert torch.equal(torchs_counts, fused_counts)
+        for expected, actual in zip(torchs, fused, strict=True):
             close(actual, expected)
+    # In training and in evaluation, each step.
+    assert launches() == (8 if kernels == "cuda" else 0)
+
+
+def cuda_on_cpu() -> Callable[[], int]:
+    """Lets route.cu run on the CPU in this process; returns what tells how often it ran."""
+    import tempfile
+    from pathlib import Path
+
+    from tests.kernels.cuda_on_cpu import OnCpu
+
+    kernel = OnCpu(Path(tempfile.mkdtemp()), pytest.MonkeyPatch())
+    return lambda: kernel.launches
 
 
 def check_bfloat16() -> None:

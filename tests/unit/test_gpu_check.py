@@ -141,6 +141,9 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     report = "<testsuite>" + case("test_rule[a]", "rule", "<failure/>") + "</testsuite>"
     (tmp_path / "pytest.py").write_text(PYTEST.replace("REPORT", repr(report)))
     (tmp_path / "docs").mkdir()
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    for name in ("test_one.py", "test_two.py"):
+        (tmp_path / "tests" / "gpu" / name).write_text("")
     (tmp_path / "docs" / "verified.md").write_text(EMPTY)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "VERIFIED", tmp_path / "docs" / "verified.md")
@@ -157,6 +160,27 @@ def test_a_failure_is_recorded_and_is_the_exit_status(gpu_machine: Path) -> None
     assert gpu_check.main(["--commit", "f00"]) == 1
     (found,) = rows((gpu_machine / "docs" / "verified.md").read_text())
     assert (found.feature, found.result, found.commit) == ("rule", "failed 1 of 1: a", "f00")
+
+
+def test_every_file_is_recorded_when_it_has_ended(gpu_machine: Path) -> None:
+    """The second file takes the process down: the first one's row stays."""
+    script = gpu_machine / "pytest.py"
+    script.write_text(
+        "import sys\nif 'tests/gpu/test_two.py' in sys.argv: sys.exit(3)\n" + script.read_text()
+    )
+    assert gpu_check.main(["--commit", "f00"]) == 3
+    assert [found.feature for found in rows((gpu_machine / "docs" / "verified.md").read_text())] == ["rule"]
+
+
+def test_reports_of_other_runs_are_recorded(gpu_machine: Path) -> None:
+    reports = []
+    for name in ("a", "b"):
+        reports.append(gpu_machine / f"{name}.xml")
+        reports[-1].write_text("<testsuite>" + case(f"test_rule[{name}]", "rule") + "</testsuite>")
+    assert gpu_check.main(["--commit", "f00", "--record", *map(str, reports)]) == 0
+    (found,) = rows((gpu_machine / "docs" / "verified.md").read_text())
+    assert found.result == "passed (2 tests)"
+    assert not (gpu_machine / "runs").exists()
 
 
 def test_missing_markers_are_found_before_anything_runs(

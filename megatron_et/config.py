@@ -94,8 +94,8 @@ class ExpertThresholdConfig:
         "torch",
         "--moe-et-kernels",
         "what routes and counts: torch = tensor operations; triton = fused kernels, same map and counts bit "
-        "for bit; cuda = the fastest, everything forward in one CUDA kernel (fp32 router, a multiple of 8 "
-        "experts; what it does not take goes to Triton's)",
+        "for bit; cuda = the fastest, everything forward in one CUDA kernel (for a multiple of 8 experts, no "
+        "fan-out bound, no normalization, quantiles from histograms; else Triton's)",
     )
     trace_dir: str | None = _knob(
         None,
@@ -124,6 +124,9 @@ class ExpertThresholdConfig:
             self._require(math.isfinite(self.guard) and self.guard > 0.0, "guard", "must be finite and > 0")
             why = "reads loads off a histogram, and --moe-et-quantile kth-largest keeps none: leave it out"
             self._require(self.quantile == "histogram", "guard", why)
+        if self.kernels == "cuda":
+            why = "counts a histogram, and --moe-et-quantile kth-largest keeps none: use triton"
+            self._require(self.quantile == "histogram", "kernels", why)
         if self.max_fanout is not None:
             self._require(self.max_fanout >= 1, "max_fanout", "must be at least 1 expert a token")
         if self.router_type == "expert-choice":

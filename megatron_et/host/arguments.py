@@ -252,9 +252,11 @@ def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set
     useless = {"capacity_factor", "warmup_anneal_steps"} if args.moe_router_type == "expert-choice" else set()
     if "moe_et_quantile" in explicit and args.moe_et_quantile == "kth-largest":
         useless.add("guard")  # likewise: it needs the histogram
+    # Of the machine, not of the model.
+    useless |= {"trace_dir", "kernels"}
     for knob in fields(ExpertThresholdConfig):
         name = dest_of(knob.name)
-        if knob.name not in {"trace_dir", *useless} and name not in explicit and hasattr(saved, name):
+        if knob.name not in useless and name not in explicit and hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
 
 

@@ -39,24 +39,22 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
         raise ConfigError(
             f"{asked} takes at most {routed.MAX_EXPERTS} experts, and there are {num_experts}: leave it out"
         )
-    if et.kernels == "triton":
-        return routed.expert_threshold
-    if et.quantile != "histogram":
-        raise ConfigError(
-            f"{asked} counts a histogram, and {flag_of('quantile')} is {et.quantile}: use "
-            f"{flag_of('kernels')} triton, or {flag_of('quantile')} histogram"
-        )
-    try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"{asked} needs NVIDIA's cuda-bindings ({error}): pip install the cuda-bindings of your CUDA "
-            f"version, or use {flag_of('kernels')} triton"
-        ) from error
-    try:
-        routed.native.prepare()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{asked}: its kernel cannot be had on this GPU: {error}. Use {flag_of('kernels')} triton"
-        ) from error
-    return functools.partial(routed.expert_threshold, cuda=True)
+    # What route.cu never takes needs none of its compiler.
+    whole_rows = et.max_fanout is not None or et.gate_normalization == "fanout"
+    cuda = et.kernels == "cuda" and not whole_rows and num_experts % routed.native.EXPERTS == 0
+    if cuda:
+        try:
+            from cuda.bindings import driver, nvrtc  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"{asked} needs NVIDIA's cuda-bindings ({error}): pip install the cuda-bindings of your CUDA "
+                f"version, or use {flag_of('kernels')} triton"
+            ) from error
+    if on_device.is_cuda:
+        try:
+            routed.try_out(on_device.device, cuda)
+        except Exception as error:  # of compilers and drivers, of any kind
+            raise ConfigError(
+                f"{asked}: its kernels cannot be had on this GPU: {error}. Leave the flag out"
+            ) from error
+    return functools.partial(routed.expert_threshold, cuda=cuda)

@@ -96,16 +96,6 @@ def constants_for(histogram: Histogram | None) -> dict[str, int]:
     return {"COUNTED": 1, "BINS": histogram.bins, "FIRST": histogram.bits_of_first_octave}
 
 
-def prepare() -> None:
-    """Compile for the current GPU now, in a second or two, rather than in the first step.
-
-    Raises:
-        RuntimeError: NVRTC or the driver could not.
-    """
-    for histogram in (None, Histogram(1)):
-        _function(torch.cuda.current_device(), *constants_for(histogram).items())
-
-
 def rows_of_stripe(num_tokens: int, groups: int, blocks: int) -> int:
     """Tokens of a stripe, a multiple of ROWS_AT_ONCE: as many blocks as run at once, if that is enough."""
     wanted = -(-num_tokens * groups // (blocks * ROWS_AT_ONCE)) * ROWS_AT_ONCE

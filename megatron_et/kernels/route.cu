@@ -17,6 +17,7 @@ typedef unsigned long long u64;
 #define ROWS_AT_ONCE (THREADS / 2)
 #define WARPS (THREADS / 32)
 #define INFINITE __int_as_float(0x7f800000)
+#define NOT_A_NUMBER __int_as_float(0x7fc00000)
 #define MOST_FANOUTS 64  // fan-outs that are added up in shared memory; the rest, of few tokens, are not
 
 // route.py's _sigmoid: 1 / (1 + exp(-x)) to 1 ulp.
@@ -94,7 +95,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
       const float low = lower[e + i], high = upper[e + i];
       if (COUNTED && stripe == 0 && thread < 2 && (low > applied[i] || high < applied[i]))
         atomicAdd(counts + num_experts + e + i, 1ull);
-      applied[i] = fminf(fmaxf(applied[i], low), high);
+      const float clamped = fminf(fmaxf(applied[i], low), high);
+      // As torch's clamp: an expert with NaN among its bounds takes nobody.
+      applied[i] = isnan(low) || isnan(high) || isnan(applied[i]) ? NOT_A_NUMBER : clamped;
     }
   }
 #if COUNTED
@@ -170,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
   if (thread == 0) {
     if (scalars[0]) atomicAdd(counts + 3 * num_experts + 1, (u64)scalars[0]);
     if (scalars[1]) atomicAdd(counts + 3 * num_experts + 3, (u64)scalars[1]);
+    __threadfence();  // and all threads' fan-outs that the barrier has shown to this one
     scalars[2] = atomicAdd(arrived + stripe, 1u) == gridDim.x - 1;
   }
   __syncthreads();
@@ -177,8 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
 
   __threadfence();
   for (int t = first + thread; t < end; t += THREADS) {
-    const u32 n = __ldcg(fanout + t);  // from L2, where the atomics were done
-    fanout[t] = 0;
+    const u32 n = atomicExch(fanout + t, 0u);
     if (padding != nullptr && padding[t] != 0) continue;
     if (n < MOST_FANOUTS)
       atomicAdd(fanouts + n, 1u);

@@ -1,8 +1,8 @@
 """Triton kernels of the rule: one pass forward, one pass backward.
 
-What `routing.py` and `RouterStatistics.add` say with a dozen tensor operations each, in one launch: gates,
-routing map and, while training counts, every integer of the statistics. The functions there are the oracle:
-map and counts are equal bit for bit, gates are the sigmoid correct to 1 ulp.
+What `routing.py` says with a dozen tensor operations: gates and routing map, and while training counts, what
+`RouterStatistics.add` counts of whole rows; count.py counts the rest. The functions there are the oracle: map
+and counts are equal bit for bit, gates are the sigmoid to 1 ulp.
 
 A program takes BLOCK_T tokens with all their experts, so that the fan-out of a token is known where its gates
 are written. Counts are integer atomics: exact in any order.
@@ -96,7 +96,9 @@ def forward(
     if BOUNDED:
         low = tl.load(lower + e, mask=real_e, other=float("-inf"))
         high = tl.load(upper + e, mask=real_e, other=float("inf"))
-        applied = tl.minimum(tl.maximum(applied, low), high)
+        # As torch's clamp: an expert with NaN among its bounds takes nobody.
+        applied = tl.maximum(applied, low, propagate_nan=tl.PropagateNan.ALL)
+        applied = tl.minimum(applied, high, propagate_nan=tl.PropagateNan.ALL)
     # Tokens that the expert took, and in the upper half of the bits its logits that are not finite.
     tally = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     for block in range(BLOCKS):

@@ -1,18 +1,20 @@
-"""The fused router: `routing.expert_threshold` and the counts of `RouterStatistics.add` in one kernel, with
-its gradient.
+"""The fused router: `routing.expert_threshold` and the counts of `RouterStatistics.add` in one kernel or two,
+with its gradient in another.
 
 Dimension letters: T tokens, E experts.
 """
 
+import functools
 from typing import Any
 
 import torch
 import triton
+from torch.autograd.function import once_differentiable
 from triton.runtime.interpreter import InterpretedFunction
 
 from megatron_et.config import GateNormalization
 from megatron_et.kernels import count, native, route
-from megatron_et.statistics import Counters
+from megatron_et.statistics import Counters, RouterStatistics
 
 TILE = 1024
 """Pairs of a token and an expert that a program routes at a time."""
@@ -96,6 +98,21 @@ def _count(logits: torch.Tensor, fanout: torch.Tensor, counters: Counters) -> No
     )
 
 
+@functools.cache
+def try_out(device: torch.device, cuda: bool) -> None:
+    """Route, count and differentiate once, so that what cannot be compiled or loaded fails now and not in
+    the first step. Raises whatever the compilers and the driver raise."""
+    experts = 8
+    statistics = RouterStatistics(experts, 1, device=device)
+    zeros_E = torch.zeros(experts, device=device)
+    histogram = statistics.estimator.histogram(zeros_E)
+    with torch.enable_grad():
+        logits = torch.zeros(16, experts, device=device, requires_grad=True)
+        for counters in (Counters(statistics.counts, histogram), None):
+            gates, _ = expert_threshold(logits, zeros_E, counters=counters, cuda=cuda)
+            gates.sum().backward()
+
+
 class _Route(torch.autograd.Function):
     """Saves the gates only: they are 0 off the map, and so is the gradient (that of a NaN logit, too)."""
 
@@ -157,6 +174,7 @@ class _Route(torch.autograd.Function):
         return gates, routing_map
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_gates: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         gates, fanout = ctx.saved_tensors
         num_tokens, num_experts = gates.shape

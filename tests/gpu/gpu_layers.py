@@ -345,13 +345,15 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def recompute(layout: Layout, module: str) -> None:
+def recompute(layout: Layout, which: str) -> None:
     """Activation recompute changes no bit of the output, the gradients and the statistics."""
+    module, _, kernels = which.partition(", kernels ")
+    et = {"warmup_steps": 1} | ({"kernels": kernels, "warmup_steps": 0} if kernels else {})
     x, upstream = inputs(5, "bf16"), inputs(6, "bf16")
     results = []
     with deterministic():
         for extra in ({}, {"recompute_granularity": "selective", "recompute_modules": [module]}):
-            layer = moe_layer(layout, "bf16", et={"warmup_steps": 1}, **extra)
+            layer = moe_layer(layout, "bf16", et=et, **extra)
             tensors, _ = run_layer(layer, x, upstream)
             results.append(tensors | {"counts": layer.router.statistics.counts})
     plain, recomputed = results
@@ -467,6 +469,8 @@ def all_cases() -> Iterator[Case]:
     # What does not depend on how tokens travel.
     for experts in ("TEGroupedMLP", "local SequentialMLP"):
         layout = next(layout for layout in LAYOUTS if layout.experts == experts)
+        for kernels in ("triton", "cuda"):
+            yield Case(recompute, layout, f"moe, kernels {kernels}")
         for which in BOUNDARY:
             yield Case(batch_boundary, layout, which)
         yield Case(no_host_synchronisation, layout)

@@ -33,8 +33,9 @@ static int max(int a, int b) { return a > b ? a : b; }
 static float __fdividef(float a, float b) { return a / b; }
 static int __float_as_int(float x) { int i; std::memcpy(&i, &x, 4); return i; }
 static float __int_as_float(int i) { float x; std::memcpy(&x, &i, 4); return x; }
-template <class T> static T __ldcg(const T* p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static bool isnan(float x) { return std::isnan(x); }
 template <class T> static T atomicAdd(T* p, T n) { return __atomic_fetch_add(p, n, __ATOMIC_SEQ_CST); }
+template <class T> static T atomicExch(T* p, T n) { return __atomic_exchange_n(p, n, __ATOMIC_SEQ_CST); }
 static void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static unsigned __shfl_xor_sync(unsigned, unsigned value, int lanes) {

@@ -26,7 +26,6 @@ class OnCpu:
         self._folder = folder
         self._libraries: dict[str, ctypes.CDLL] = {}
         monkeypatch.setattr(native, "launch", self)
-        monkeypatch.setattr(native, "prepare", lambda: None)
         monkeypatch.setattr(native, "ROWS_AT_ONCE", THREADS // 2)
         monkeypatch.setattr(native, "MOST_ROWS", 2 * THREADS)
 

@@ -30,6 +30,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     thresholds_at: float | None = None
     """None: normal."""
+    nan_bounds: bool = False
+    """Bounds of a pool with NaN among its logits: NaN, too."""
     odd_values: bool = True
     """NaN, infinities, zeros of both signs, subnormals, huge values and ties are among the logits."""
 
@@ -48,6 +50,7 @@ NAMED = {
     "all-equal": Case(20, 8, scale=0.0, odd_values=False, max_fanout=3),
     "huge": Case(20, 8, scale=1e37),
     "fan-out-of-all": Case(20, 8, max_fanout=8),
+    "bounds-of-nan": Case(40, 8, bounded=True, nan_bounds=True),
 }
 
 
@@ -58,6 +61,7 @@ CUDA = {
     "every-expert": Case(40, 72, thresholds_at=-torch.inf),
     "all-equal": Case(33, 8, scale=0.0, odd_values=False),
     "huge": Case(20, 8, scale=1e37),
+    "nan-bounds": Case(70, 16, bounded=True, nan_bounds=True),
     "not-multiple-of-8": Case(37, 7),
     "fan-out-bound": Case(37, 16, max_fanout=2),
     "normalized": Case(37, 16, normalized=True),
@@ -88,6 +92,8 @@ def check(case: Case, device: str, *, cuda: bool = False) -> None:
     ema.value.copy_(thresholds)
     ema.last_cutoff.copy_(normal(e))
     bounds = (normal(e).to(device) - 0.5, normal(e).to(device) + 0.5) if case.bounded else None
+    if case.nan_bounds and bounds is not None:
+        bounds[0][0] = bounds[1][0] = torch.nan
     padding = (torch.rand(t, generator=generator) < 0.3).to(device) if case.padded else None
     settings = {
         "lower": bounds and bounds[0],

@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
+from megatron_et.kernels.routed import try_out
 from tests.kernels.cuda_on_cpu import OnCpu, compiler
 from tests.kernels.route_cases import CUDA, NAMED, Case, check, check_every_sigmoid
 
@@ -82,6 +84,14 @@ def test_cuda_kernel_in_any_case(case: Case, cuda_on_cpu: OnCpu) -> None:
     before = cuda_on_cpu.launches
     check(case, "cpu", cuda=True)
     assert cuda_on_cpu.launches - before == 3
+
+
+def test_trying_out_runs_every_kernel(cuda_on_cpu: OnCpu) -> None:
+    before = cuda_on_cpu.launches
+    try_out(torch.device("cpu"), True)
+    assert cuda_on_cpu.launches - before == 2
+    try_out(torch.device("cpu"), False)
+    assert cuda_on_cpu.launches - before == 2
 
 
 def test_every_sigmoid_of_the_cuda_kernel(cuda_on_cpu: OnCpu) -> None:

@@ -71,38 +71,60 @@ CUDA = replace(TRITON, kernels="cuda")
 GPU = SimpleNamespace(is_cuda=True, device="cuda:0")
 
 
-def test_cuda_is_compiled_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_et.kernels import native
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What load_kernels has tried out: True for the CUDA kernel."""
+    from megatron_et.kernels import routed
 
-    prepared: list[str] = []
-    monkeypatch.setattr(native, "prepare", lambda: prepared.append("now"))
-    route = load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
-    assert prepared == ["now"]
+    seen: list[bool] = []
+    monkeypatch.setattr(routed, "try_out", lambda device, cuda: seen.append(cuda))  # noqa: ARG005
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts", "cuda"),
+    [
+        (CUDA, 8, True),
+        (CUDA, 12, False),
+        (replace(CUDA, max_fanout=4), 8, False),
+        (replace(CUDA, gate_normalization="fanout"), 8, False),
+        (TRITON, 8, False),
+    ],
+)
+def test_kernels_are_tried_out_before_the_first_step(
+    settings: ExpertThresholdConfig, experts: int, cuda: bool, tried: list[bool]
+) -> None:
+    route = load_kernels(settings, experts, GPU)  # type: ignore[arg-type]
+    assert tried == [cuda]
     assert route is not None
-    assert route.keywords == {"cuda": True}  # type: ignore[attr-defined]
+    assert route.keywords == {"cuda": cuda}  # type: ignore[attr-defined]
 
 
-def test_cuda_that_does_not_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_et.kernels import native
+def test_kernels_that_do_not_compile_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_et.kernels import native, routed
 
-    # A kernel for a GPU that there is not: NVRTC's own message.
-    monkeypatch.setattr(native, "prepare", lambda: native.compiled("sm_1", native.constants_for(None)))
-    with pytest.raises(
-        ConfigError, match=r"kernel cannot be had on this GPU: NVRTC could not compile route\.cu for sm_1"
-    ):
+    def no_such_gpu(device: str, cuda: bool) -> None:  # noqa: ARG001
+        native.compiled("sm_1", native.constants_for(None))
+
+    monkeypatch.setattr(routed, "try_out", no_such_gpu)
+    message = r"cuda: its kernels cannot be had on this GPU: NVRTC could not compile route\.cu for sm_1"
+    with pytest.raises(ConfigError, match=message):
         load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
 
 
-def test_cuda_without_its_bindings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_its_bindings_is_refused_if_it_needs_them(
+    monkeypatch: pytest.MonkeyPatch, tried: list[bool]
+) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(ConfigError, match="--moe-et-kernels cuda needs NVIDIA's cuda-bindings"):
         load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
+    assert load_kernels(CUDA, 7, GPU) is not None  # type: ignore[arg-type]
+    assert tried == [False]
 
 
 def test_cuda_counts_histograms_only() -> None:
-    kth = replace(CUDA, quantile="kth-largest")
-    with pytest.raises(ConfigError, match="cuda counts a histogram, and --moe-et-quantile is kth-largest"):
-        load_kernels(kth, 8, GPU)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--moe-et-kernels is cuda: it counts a histogram"):
+        replace(CUDA, quantile="kth-largest")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +138,8 @@ def test_stripes_of_the_cuda_kernel(tokens: int, experts: int, rows: int) -> Non
     assert rows_of_stripe(tokens, experts // 8, 132) == rows
 
 
-def test_too_many_experts_are_refused() -> None:
+def test_too_many_experts_are_refused(tried: list[bool]) -> None:
     assert load_kernels(TRITON, 4096, GPU) is not None  # type: ignore[arg-type]
+    assert tried == [False]
     with pytest.raises(ConfigError, match="at most 4096 experts, and there are 4097"):
         load_kernels(TRITON, 4097, GPU)  # type: ignore[arg-type]

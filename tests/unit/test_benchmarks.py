@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,3 +235,33 @@ def test_a_level_runs(level: str, tmp_path: Path) -> None:
         assert ours.median < theirs.median + 0.02 * theirs.median
     assert (tmp_path / f"{level}_cpu.md").read_text().startswith(f"# Level `{level}`")
     assert (tmp_path / f"{level}_cpu.png").stat().st_size > 1000
+
+
+def test_kernel_times_need_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks import kernel_times
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kernel_times.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no GPU is visible: nothing was measured"):
+        kernel_times.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_kernel_times_compares_with_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arithmetic, with times that are given: no GPU."""
+    from benchmarks import kernel_times
+
+    passes = SimpleNamespace(run=lambda *_: None, host=lambda *_: 150.0)
+    monkeypatch.setattr(kernel_times, "Passes", lambda *_: passes)
+    monkeypatch.setattr(kernel_times, "Stopwatch", lambda _: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: (None, None))
+
+    def given(turns: dict[tuple[object, str], object]) -> dict[object, list[float]]:
+        times = {("copy", "both"): 0.020, (("cuda", True), "both"): 0.030}
+        return {name: [times.get(name, 0.010)] * 3 for name in turns}
+
+    monkeypatch.setattr(kernel_times, "in_turns", given)
+    lines = list(kernel_times.rows(64, 8, 1))
+    assert lines[0] == "| T64 E8 | copy | 10.0 | 20.0 | 1.00 | - |"
+    assert "| T64 E8 | `cuda`, statistics included | 10.0 | 30.0 | 1.50 | 150 |" in lines
+    assert len(lines) == 5

@@ -473,6 +473,8 @@ class Terminal:
             stdout=self.slave,
             stderr=self.slave,
             env=environment,
+            # As in a terminal, also where the tests run in the background of a script, which ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.shown = b""
 

@@ -172,6 +172,22 @@ def test_every_file_is_recorded_when_it_has_ended(gpu_machine: Path) -> None:
     assert [found.feature for found in rows((gpu_machine / "docs" / "verified.md").read_text())] == ["rule"]
 
 
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ({"test_two.py": "os.kill(os.getpid(), 9)"}, -9),
+        ({"test_two.py": "sys.exit(5)"}, 0),
+        ({"test_one.py": "sys.exit(5)", "test_two.py": "sys.exit(5)"}, 5),
+        ({"test_one.py": "sys.exit(2)", "test_two.py": "os.kill(os.getpid(), 9)"}, -9),
+    ],
+)
+def test_the_exit_status_of_all_files(gpu_machine: Path, ends: dict[str, str], status: int) -> None:
+    """A crash is no success, and neither is a run without any test; a file that -k leaves empty is fine."""
+    lines = [f"if 'tests/gpu/{name}' in sys.argv: {end}" for name, end in ends.items()]
+    (gpu_machine / "pytest.py").write_text("\n".join(["import os, sys", *lines, "sys.exit(0)"]))
+    assert gpu_check.main(["--commit", "f00"]) == status
+
+
 def test_reports_of_other_runs_are_recorded(gpu_machine: Path) -> None:
     reports = []
     for name in ("a", "b"):

@@ -20,7 +20,6 @@ EXPERTS = 8
 """Of a block; route.cu's."""
 THREADS, LOADS = 512, 2
 ROWS_AT_ONCE = THREADS // 2
-BLOCKS_PER_MULTIPROCESSOR = 1
 MOST_ROWS = 2048
 """Tokens of a stripe: more blocks than the GPU runs at once gain nothing, but this many tokens hide what a
 block costs to begin and end."""
@@ -67,8 +66,7 @@ def expert_threshold(
     `routed.expert_threshold`, `padding` [tokens] uint8. What `takes` has refused must not be given."""
     num_tokens, num_experts = logits.shape
     groups = num_experts // EXPERTS
-    blocks = BLOCKS_PER_MULTIPROCESSOR * multiprocessors(logits.device)
-    rows = rows_of_stripe(num_tokens, groups, blocks)
+    rows = rows_of_stripe(num_tokens, groups, multiprocessors(logits.device))
     stripes = -(-num_tokens // rows)
     constants = constants_for(None)
     counted: tuple[torch.Tensor | None, ...] = (None,) * 4

@@ -3,7 +3,8 @@
     python benchmarks/kernel_times.py [--output DIR]     # a minute; writes kernel_times.md
 
 Forward, and forward with backward through autograd, each with and without the statistics, which is what
-counting costs. Times are the GPU's, medians, with everything enqueued ahead and the L2 cache overwritten
+counting costs; and the bounds of a capacity, by `topk`, by a sort (padding, or k on the device) and by the
+CUDA kernel. Times are the GPU's, medians, with everything enqueued ahead and the L2 cache overwritten
 before each; `host` is how long the host takes to enqueue both passes. The suite's level `router` times
 Megatron's whole `routing` instead.
 
@@ -97,6 +98,26 @@ def rows(tokens: int, experts: int, topk: int) -> Iterator[str]:
         )
 
 
+def selection_row(tokens: int, experts: int, topk: int) -> str:
+    """A line of the second table: both bounds of a capacity of a half, three ways."""
+    from megatron_et.kernels.select import kth_largest
+    from megatron_et.quantile import kth_largest_of_several
+
+    watch = Stopwatch("cuda")
+    logits = torch.randn(tokens, experts, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    k = tokens * topk // experts
+    ks = [k // 2, k + k // 2]
+    on_device = [torch.full((), k, device="cuda") for k in ks]
+    ways: dict[str, Callable[[], object]] = {
+        "topk": lambda: kth_largest_of_several(logits, ks),
+        "sort": lambda: kth_largest_of_several(logits, on_device),
+        "cuda": lambda: kth_largest(logits, ks),
+    }
+    turns = {name: (lambda way=way: watch(way)) for name, way in ways.items()}
+    taken = {name: 1e3 * sorted(values)[len(values) // 2] for name, values in in_turns(turns).items()}
+    return f"| T{tokens} E{experts} | " + " | ".join(f"{taken[name]:.1f}" for name in ways) + " |"
+
+
 def main() -> None:
     """Time every shape and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -113,6 +134,11 @@ def main() -> None:
     for shape in SHAPES:
         lines += rows(*shape)
         print("\n".join(lines[-5:]), flush=True)
+    lines += ["", "Both bounds of a capacity of 0.5, us:", ""]
+    lines += ["| shape | `topk` | a sort | `cuda` |", "| --- | ---: | ---: | ---: |"]
+    for shape in SHAPES:
+        lines.append(selection_row(*shape))
+        print(lines[-1], flush=True)
     (args.output / "kernel_times.md").write_text("\n".join(lines) + "\n")
 
 

@@ -95,7 +95,8 @@ class ExpertThresholdConfig:
         "--moe-et-kernels",
         "what routes and counts: torch = tensor operations; triton = fused kernels, same map and counts bit "
         "for bit; cuda = the fastest, everything forward in one CUDA kernel (for a multiple of 8 experts, no "
-        "fan-out bound, no normalization, quantiles from histograms; else Triton's)",
+        "fan-out bound, no normalization, quantiles from histograms; else Triton's), the bounds of warm-up "
+        "and capacity in another",
     )
     trace_dir: str | None = _knob(
         None,

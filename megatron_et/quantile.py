@@ -15,6 +15,9 @@ import torch
 type Count = int | torch.Tensor
 """A number of tokens: an int, or an int64 tensor that stays on its device."""
 
+type Select = Callable[[torch.Tensor, Sequence[Count], torch.Tensor | None], list[torch.Tensor]]
+"""`kth_largest_of_several`, or a kernel in its place."""
+
 BINS_PER_OCTAVE = 16
 MANTISSA_SHIFT = 23 - 4
 """Bits of an fp32 mantissa below the four that number a bin inside its octave."""
@@ -47,22 +50,35 @@ def kth_largest(
     Returns:
         cutoffs [experts], dtype of the logits.
     """
+    return kth_largest_of_several(logits_TE, [k], padding_mask_T)[0]
+
+
+def kth_largest_of_several(
+    logits_TE: torch.Tensor, ks: Sequence[Count], padding_mask_T: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """`kth_largest` for several k, cheaper than one by one. No number crosses from the host to the device,
+    which a CUDA graph could not hold."""
+    if padding_mask_T is None and not any(isinstance(k, torch.Tensor) for k in ks):
+        return _select_by_topk(logits_TE, [int(k) for k in ks])
+    return _select_by_sorting(logits_TE, ks, padding_mask_T)
+
+
+def _select_by_topk(logits_TE: torch.Tensor, ks: Sequence[int]) -> list[torch.Tensor]:
     num_tokens, num_experts = logits_TE.shape
-    if isinstance(k, int) and padding_mask_T is None:
-        k = min(k, num_tokens)
-        if k <= 0:
-            return logits_TE.new_full((num_experts,), torch.inf)
+    ks = [max(min(k, num_tokens), 0) for k in ks]
+    found = {0: logits_TE.new_full((num_experts,), torch.inf)}
+    largest_ET = logits_TE.t().contiguous()
+    # From the largest k down: the logits that it keeps hold those of the next one.
+    for k in sorted({*ks} - {0}, reverse=True):
         # Only the smallest of the k largest is wanted, so they need no order among themselves.
-        return logits_TE.t().contiguous().topk(k, dim=1, sorted=False).values.amin(dim=1)
+        largest_ET = largest_ET.topk(k, dim=1, sorted=False).values
+        found[k] = largest_ET.amin(dim=1)
+    return [found[k] for k in ks]
 
-    return _kth_largest_sorted(logits_TE, [k], padding_mask_T)[0]
 
-
-def _kth_largest_sorted(
+def _select_by_sorting(
     logits_TE: torch.Tensor, ks: Sequence[Count], padding_mask_T: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """`kth_largest` for several k from one sort. No number crosses from the host to the device, which a CUDA
-    graph could not hold."""
     num_tokens, num_experts = logits_TE.shape
     if num_tokens == 0:
         return [logits_TE.new_full((num_experts,), torch.inf) for _ in ks]
@@ -92,6 +108,7 @@ def capacity_bounds(
     capacity_factor: float | torch.Tensor,
     *,
     padding_mask_T: torch.Tensor | None = None,
+    select: Select | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits between which a threshold keeps an expert's load within [(1-C)k, (1+C)k] tokens (F.1).
 
@@ -104,18 +121,16 @@ def capacity_bounds(
         k: tokens wanted per expert.
         capacity_factor: C, a number or a one-element fp64 tensor that stays on its device.
         padding_mask_T: [tokens] bool, True for tokens that do not belong to the pool.
+        select: finds the cutoffs; `kth_largest_of_several` if left out.
 
     Returns:
         (lower, upper), each [experts].
     """
-
+    select = select or kth_largest_of_several
     if not isinstance(capacity_factor, torch.Tensor) and capacity_factor == 0.0:
-        both = kth_largest(logits_TE, k, padding_mask_T=padding_mask_T)
+        [both] = select(logits_TE, [k], padding_mask_T)
         return both, both
-    fewest, most = capacity_loads(k, capacity_factor)
-    if isinstance(fewest, int) and padding_mask_T is None:
-        return kth_largest(logits_TE, most), kth_largest(logits_TE, fewest)
-    upper, lower = _kth_largest_sorted(logits_TE, [fewest, most], padding_mask_T)
+    upper, lower = select(logits_TE, [*capacity_loads(k, capacity_factor)], padding_mask_T)
     return lower, upper
 
 

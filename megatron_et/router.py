@@ -111,7 +111,8 @@ class ExpertThresholdRouter(TopKRouter):
         )
         self.last_batch: BatchRecord | None = None
         self._in_graph = captures_router(config)
-        self._kernels = load_kernels(et_config, self.num_experts, self.thresholds.value)
+        kernels = load_kernels(et_config, self.num_experts, self.thresholds.value)
+        self._route, self._select = kernels.route, kernels.select
 
     @property
     def num_committed_batches(self) -> int:
@@ -166,7 +167,7 @@ class ExpertThresholdRouter(TopKRouter):
         # once.
         counted = self.training and torch.is_grad_enabled()
         thresholds_E = self.thresholds.value
-        if self._kernels is None:
+        if self._route is None:
             gates_TE, routing_map_TE = expert_threshold(logits_TE, thresholds_E, **settings)
             if counted:
                 self.statistics.add(
@@ -174,7 +175,7 @@ class ExpertThresholdRouter(TopKRouter):
                 )
         else:
             counters = self.statistics.counters(self.thresholds) if counted else None
-            gates_TE, routing_map_TE = self._kernels(logits_TE, thresholds_E, **settings, counters=counters)
+            gates_TE, routing_map_TE = self._route(logits_TE, thresholds_E, **settings, counters=counters)
             if counters is not None and counters.histogram is None:
                 self.statistics.add_to_pool(logits_TE.detach(), self.thresholds, padding_mask_T)
         return self._for_dispatch(gates_TE, routing_map_TE)
@@ -211,7 +212,7 @@ class ExpertThresholdRouter(TopKRouter):
         if self.et_config.pool == "global":
             return self._global_bounds(logits_TE, capacity, padding_mask_T)
         k = self._expected_load(logits_TE, padding_mask_T)
-        return capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T)
+        return capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T, select=self._select)
 
     def _changing_bounds(
         self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
@@ -220,7 +221,9 @@ class ExpertThresholdRouter(TopKRouter):
         # device, and no bounds are infinite ones.
         capacity, in_force = capacity_on_device(self.et_config, self.committed_batches)
         k = self._expected_load(logits_TE, padding_mask_T)
-        lower_E, upper_E = capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T)
+        lower_E, upper_E = capacity_bounds(
+            logits_TE, k, capacity, padding_mask_T=padding_mask_T, select=self._select
+        )
         return lower_E.where(in_force, -torch.inf), upper_E.where(in_force, torch.inf)
 
     def _expected_load(self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None) -> Count:

@@ -110,6 +110,20 @@ METHODS = {
             "this package with the paper's capacity C = 0.5",
             et=_et("expert-threshold", capacity_factor=0.5),
         ),
+        Method(
+            "et-capacity-cuda",
+            _topk("none"),
+            "the same, CUDA kernels",
+            et=_et("expert-threshold", capacity_factor=0.5, kernels="cuda"),
+            needs=("gpu",),
+        ),
         Method("ec", _topk("none"), "this package, warm-up routing", et=_et("expert-choice")),
+        Method(
+            "ec-cuda",
+            _topk("none"),
+            "the same, CUDA kernels",
+            et=_et("expert-choice", kernels="cuda"),
+            needs=("gpu",),
+        ),
     )
 }

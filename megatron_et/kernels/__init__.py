@@ -1,19 +1,31 @@
-"""Kernels behind routing.py and statistics.py: Triton's, and one in CUDA C++."""
+"""Kernels behind routing.py, statistics.py and quantile.py: Triton's, and two in CUDA C++."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from megatron_et.config import ConfigError, ExpertThresholdConfig, flag_of
+from megatron_et.quantile import Select, kth_largest_of_several
 
 type Route = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 """`kernels.routed.expert_threshold`."""
 
 
-def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.Tensor) -> Route | None:
-    """What routes and counts in place of routing.py and statistics.py, None if the settings ask for torch.
-    Triton and the CUDA bindings are imported only if they are asked for.
+@dataclass(frozen=True)
+class Kernels:
+    """What a router calls."""
+
+    route: Route | None = None
+    """Routes and counts in place of routing.py and statistics.py; None: they do it."""
+    select: Select = kth_largest_of_several
+    """Finds the bounds of Expert Choice and of a capacity."""
+
+
+def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.Tensor) -> Kernels:
+    """The kernels that the settings ask for. Triton and the CUDA bindings are imported only if they are asked
+    for.
 
     Args:
         et: the router's settings.
@@ -24,7 +36,7 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
         ConfigError: the kernels cannot be had: a package is missing, no GPU, too many experts.
     """
     if et.kernels == "torch":
-        return None
+        return Kernels()
     asked = f"{flag_of('kernels')} {et.kernels}"
     try:
         from megatron_et.kernels import routed
@@ -39,10 +51,11 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
         raise ConfigError(
             f"{asked} takes at most {routed.MAX_EXPERTS} experts, and there are {num_experts}: leave it out"
         )
-    # What route.cu never takes needs none of its compiler.
+    # What the CUDA kernels never take needs none of their compiler.
     whole_rows = et.max_fanout is not None or et.gate_normalization == "fanout"
-    cuda = et.kernels == "cuda" and not whole_rows and num_experts % routed.native.EXPERTS == 0
-    if cuda:
+    selects = et.kernels == "cuda" and num_experts % routed.native.EXPERTS == 0
+    routes = selects and not whole_rows
+    if selects:
         try:
             from cuda.bindings import driver, nvrtc  # noqa: F401
         except ImportError as error:
@@ -52,9 +65,10 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
             ) from error
     if on_device.is_cuda:
         try:
-            routed.try_out(on_device.device, cuda)
+            routed.try_out(on_device.device, routes, selects)
         except Exception as error:  # of compilers and drivers, of any kind
             raise ConfigError(
                 f"{asked}: its kernels cannot be had on this GPU: {error}. Leave the flag out"
             ) from error
-    return functools.partial(routed.expert_threshold, cuda=cuda)
+    route = functools.partial(routed.expert_threshold, cuda=routes)
+    return Kernels(route, routed.select.kth_largest) if selects else Kernels(route)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from triton.runtime.interpreter import InterpretedFunction
 
 from megatron_et.config import GateNormalization
-from megatron_et.kernels import count, native, route
+from megatron_et.kernels import count, native, route, select
 from megatron_et.statistics import Counters, RouterStatistics
 
 TILE = 1024
@@ -99,9 +99,10 @@ def _count(logits: torch.Tensor, fanout: torch.Tensor, counters: Counters) -> No
 
 
 @functools.cache
-def try_out(device: torch.device, cuda: bool) -> None:
-    """Route, count and differentiate once, so that what cannot be compiled or loaded fails now and not in
-    the first step. Raises whatever the compilers and the driver raise."""
+def try_out(device: torch.device, routes: bool, selects: bool) -> None:
+    """Route, count and differentiate once, with route.cu if it `routes`, and find a cutoff if select.cu
+    `selects`, so that what cannot be compiled or loaded fails now and not in the first step. Raises whatever
+    the compilers and the driver raise."""
     experts = 8
     statistics = RouterStatistics(experts, 1, device=device)
     zeros_E = torch.zeros(experts, device=device)
@@ -109,8 +110,10 @@ def try_out(device: torch.device, cuda: bool) -> None:
     with torch.enable_grad():
         logits = torch.zeros(16, experts, device=device, requires_grad=True)
         for counters in (Counters(statistics.counts, histogram), None):
-            gates, _ = expert_threshold(logits, zeros_E, counters=counters, cuda=cuda)
+            gates, _ = expert_threshold(logits, zeros_E, counters=counters, cuda=routes)
             gates.sum().backward()
+    if selects:
+        select.kth_largest(logits.detach(), [1])
 
 
 class _Route(torch.autograd.Function):

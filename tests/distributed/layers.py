@@ -663,7 +663,7 @@ def check_fused_router(quantile: str, kernels: str = "triton") -> None:
     start(expert_model_parallel_size=int(WORLD))
     # What the CUDA kernel leaves to Triton's.
     rest = {"max_fanout": 3, "gate_normalization": "fanout"} if kernels == "triton" else {}
-    launches = cuda_on_cpu() if kernels == "cuda" else lambda: 0
+    launches = cuda_on_cpu() if kernels == "cuda" else {}
     layers = [
         moe_layer(
             warmup=2,
@@ -673,8 +673,8 @@ def check_fused_router(quantile: str, kernels: str = "triton") -> None:
         )
         for chosen in ("torch", kernels)
     ]
-    assert layers[0].router._kernels is None
-    assert layers[1].router._kernels is not None
+    assert layers[0].router._route is None
+    assert layers[1].router._route is not None
     layers[1].load_state_dict(layers[0].state_dict())
     for step in range(4):
         seen = []
@@ -703,19 +703,18 @@ def check_fused_router(quantile: str, kernels: str = "triton") -> None:
         assert torch.equal(torchs_counts, fused_counts)
         for expected, actual in zip(torchs, fused, strict=True):
             close(actual, expected)
-    # In training and in evaluation, each step.
-    assert launches() == (8 if kernels == "cuda" else 0)
+    # Routes in training and in evaluation, each step; finds the bounds in training, in three launches.
+    assert launches == ({"route.cu": 8, "select.cu": 12} if kernels == "cuda" else {})
 
 
-def cuda_on_cpu() -> Callable[[], int]:
-    """Lets route.cu run on the CPU in this process; returns what tells how often it ran."""
+def cuda_on_cpu() -> dict[str, int]:
+    """Lets the CUDA kernels run on the CPU in this process; returns where their launches are counted."""
     import tempfile
     from pathlib import Path
 
     from tests.kernels.cuda_on_cpu import OnCpu
 
-    kernel = OnCpu(Path(tempfile.mkdtemp()), pytest.MonkeyPatch())
-    return lambda: kernel.launches
+    return OnCpu(Path(tempfile.mkdtemp()), pytest.MonkeyPatch()).launches
 
 
 def check_bfloat16() -> None:

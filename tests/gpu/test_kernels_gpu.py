@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.kernels import select_cases
 from tests.kernels.route_cases import CUDA, NAMED, Case, check, check_every_sigmoid
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,23 @@ BIG_CUDA = {
 def test_cuda_kernel(case: Case) -> None:
     """`--moe-et-kernels cuda`: map, counts and histogram bitwise the oracle's, gates to 1 ulp, gradients"""
     check(case, "cuda", cuda=True)
+
+
+BIG_SELECT = {
+    "16k-128": select_cases.Case(16_384, 128, ks=(512, 1536)),
+    "16k-128-padded-k-on-device": select_cases.Case(16_385, 128, ks=(512, 1536), padded=0.3, on_device=True),
+    "64k-8": select_cases.Case(65_536, 8, ks=(8_192,)),
+    "64k-8-all-equal": select_cases.Case(65_536, 8, ks=(100, 8_192), levels=1),
+    "1k-2304": select_cases.Case(1_000, 2_304, ks=(2, 6)),
+}
+
+
+@pytest.mark.parametrize(
+    "case", (select_cases.CASES | BIG_SELECT).values(), ids=select_cases.CASES | BIG_SELECT
+)
+def test_selection(case: select_cases.Case) -> None:
+    """`--moe-et-kernels cuda`: bounds of Expert Choice and capacity by radix selection, as by sorting"""
+    select_cases.check(case, "cuda")
 
 
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
@@ -73,10 +91,37 @@ def test_captured_cuda_kernel() -> None:
     assert int(graphed.counts.sum()) > 0
 
 
+def test_captured_selection() -> None:
+    """Radix selection in a CUDA graph beside eager launches, k on the device: bounds as by sorting"""
+    from megatron_et.kernels.select import kth_largest
+    from megatron_et.quantile import kth_largest_of_several
+
+    logits = torch.randn(5000, 64, device="cuda")
+    ks = [torch.tensor(k, device="cuda") for k in (150, 450)]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        kth_largest(logits, ks)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = kth_largest(logits, ks)
+    for added in (0, 1, 2):
+        logits.normal_()
+        for k in ks:
+            k.add_(added)
+        expected = kth_largest_of_several(logits, ks)
+        eager = kth_largest(logits, ks)
+        graph.replay()
+        torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+        torch.testing.assert_close(eager, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
 def test_no_host_synchronisation(kernels: str) -> None:
     """`--moe-et-kernels {kernels}` waits for nothing: forward, counting, backward under the sync detector"""
     from megatron_et.kernels.routed import expert_threshold
+    from megatron_et.kernels.select import kth_largest
+    from megatron_et.quantile import capacity_bounds
     from megatron_et.statistics import RouterStatistics
     from megatron_et.threshold import ThresholdEMA
 
@@ -86,8 +131,18 @@ def test_no_host_synchronisation(kernels: str) -> None:
     for mode in ("default", "error"):  # the first pass compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
+            lower, upper = (
+                capacity_bounds(logits.detach(), 512, 0.5, select=kth_largest)
+                if kernels == "cuda"
+                else (None, None)
+            )
             gates, _ = expert_threshold(
-                logits, ema.value, counters=statistics.counters(ema), cuda=kernels == "cuda"
+                logits,
+                ema.value,
+                lower=lower,
+                upper=upper,
+                counters=statistics.counters(ema),
+                cuda=kernels == "cuda",
             )
             gates.backward(upstream)
         finally:

@@ -10,8 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_et.kernels import count, native, route
+from megatron_et.kernels import count, native, nvrtc, route, select
 from megatron_et.kernels.routed import EXPERTS_COUNTED, TOKENS_COUNTED, tile
+from megatron_et.quantile import Histogram
 
 GPUS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 POINTERS = {
@@ -55,9 +56,11 @@ def main() -> None:
         compile_kernel(count.count, {**bins, **stripe}, dtype, gpu)
     nothing = {"BINS": 0, "FIRST": 0, "centers": None, "histogram": None}
     compile_kernel(count.count, {**nothing, **stripe}, "fp32", "sm_90")
-    for gpu, counted in itertools.product(GPUS, (0, 1)):
-        code = native.compiled(gpu, {"COUNTED": counted, **bins})
-        print(f"compiled {gpu} route.cu {len(code)} bytes counted={counted}", flush=True)
+    for gpu, kernel in itertools.product(
+        GPUS, (native.kernel(Histogram(8)), native.kernel(None), select.kernel())
+    ):
+        code = nvrtc.compiled(gpu, kernel)
+        print(f"compiled {gpu} {kernel.file} {len(code)} bytes {kernel.constants}", flush=True)
 
 
 if __name__ == "__main__":

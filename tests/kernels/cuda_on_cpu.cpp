@@ -1,12 +1,25 @@
 #include "cuda_on_cpu.h"
 
-#include "route.cu"
+#include KERNEL_FILE
 
-// As cuLaunchKernel, for pointers in the order of route_and_count.
-extern "C" void launch(int groups, int stripes, void** p, int num_tokens, int num_experts, int rows) {
-  gridDim = {groups, stripes, 1};
-  for (int y = 0; y < stripes; y++)
-    for (int x = 0; x < groups; x++) {
+// As cuLaunchKernel: pointers in their order, then numbers.
+template <class Argument> static Argument next(void**& pointers, const int*& numbers) {
+  if constexpr (std::is_pointer_v<Argument>)
+    return (Argument)*pointers++;
+  else
+    return *numbers++;
+}
+
+template <class... Arguments>
+static void run(void (*kernel)(Arguments...), void** pointers, const int* numbers) {
+  const std::tuple<Arguments...> arguments{next<Arguments>(pointers, numbers)...};
+  std::apply(kernel, arguments);
+}
+
+extern "C" void launch(int columns, int rows, void** pointers, const int* numbers) {
+  gridDim = {columns, rows, 1};
+  for (int y = 0; y < rows; y++)
+    for (int x = 0; x < columns; x++) {
       std::barrier<> block(THREADS);
       block_barrier = &block;
       for (auto& warp : warp_barriers) warp = new std::barrier<>(32);
@@ -15,10 +28,7 @@ extern "C" void launch(int groups, int stripes, void** p, int num_tokens, int nu
         threads.emplace_back([=] {
           threadIdx = {thread, 0, 0};
           blockIdx = {x, y, 0};
-          route_and_count(
-              (const float*)p[0], (const float*)p[1], (const float*)p[2], (const float*)p[3],
-              (const unsigned char*)p[4], (const float*)p[5], (float*)p[6], (uchar4*)p[7], (u32*)p[8],
-              (u32*)p[9], (u64*)p[10], (u64*)p[11], num_tokens, num_experts, rows);
+          run(KERNEL_NAME, pointers, numbers);
         });
       for (auto& thread : threads) thread.join();
       for (auto& warp : warp_barriers) delete warp;

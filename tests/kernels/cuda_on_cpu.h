@@ -1,10 +1,12 @@
-// Enough of CUDA to run route.cu on a CPU: blocks one after another, the threads of a block as real threads.
+// Enough of CUDA to run our kernels on a CPU: blocks one after another, the threads of a block as real threads.
 #include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <thread>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 struct Index { int x, y, z; };
@@ -27,6 +29,7 @@ static uchar4 make_uchar4(unsigned x, unsigned y, unsigned z, unsigned w) {
 #define __launch_bounds__(threads)
 #define __restrict__
 #define __shared__ static
+#define ON_CPU
 
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }

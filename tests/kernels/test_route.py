@@ -63,9 +63,9 @@ LEFT_TO_TRITON = {"not-multiple-of-8", "fan-out-bound", "normalized", "bf16", "n
 
 @pytest.mark.parametrize("name", CUDA)
 def test_cuda_kernel(name: str, cuda_on_cpu: OnCpu) -> None:
-    before = cuda_on_cpu.launches
+    before = cuda_on_cpu.launches["route.cu"]
     check(CUDA[name], "cpu", cuda=True)
-    assert cuda_on_cpu.launches - before == (0 if name in LEFT_TO_TRITON else 3)
+    assert cuda_on_cpu.launches["route.cu"] - before == (0 if name in LEFT_TO_TRITON else 3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -81,20 +81,28 @@ def test_cuda_kernel(name: str, cuda_on_cpu: OnCpu) -> None:
     )
 )
 def test_cuda_kernel_in_any_case(case: Case, cuda_on_cpu: OnCpu) -> None:
-    before = cuda_on_cpu.launches
+    before = cuda_on_cpu.launches["route.cu"]
     check(case, "cpu", cuda=True)
-    assert cuda_on_cpu.launches - before == 3
+    assert cuda_on_cpu.launches["route.cu"] - before == 3
 
 
-def test_trying_out_runs_every_kernel(cuda_on_cpu: OnCpu) -> None:
-    before = cuda_on_cpu.launches
-    try_out(torch.device("cpu"), True)
-    assert cuda_on_cpu.launches - before == 2
-    try_out(torch.device("cpu"), False)
-    assert cuda_on_cpu.launches - before == 2
+@pytest.mark.parametrize(
+    ("routes", "selects", "launches"),
+    [
+        (True, True, {"route.cu": 2, "select.cu": 3}),
+        (False, True, {"select.cu": 3}),
+        (False, False, {}),
+    ],
+)
+def test_trying_out_runs_every_kernel(
+    routes: bool, selects: bool, launches: dict[str, int], cuda_on_cpu: OnCpu
+) -> None:
+    before = cuda_on_cpu.launches.copy()
+    try_out(torch.device("cpu"), routes, selects)
+    assert cuda_on_cpu.launches - before == launches
 
 
 def test_every_sigmoid_of_the_cuda_kernel(cuda_on_cpu: OnCpu) -> None:
-    before = cuda_on_cpu.launches
+    before = cuda_on_cpu.launches["route.cu"]
     check_every_sigmoid("cpu", cuda=True)
-    assert cuda_on_cpu.launches - before == 1
+    assert cuda_on_cpu.launches["route.cu"] - before == 1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,30 @@ def test_kernel_times_need_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(SystemExit, match="no GPU is visible: nothing was measured"):
         kernel_times.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_kernel_times_selects_three_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arithmetic, with times that are given, and that each way finds the same: no GPU."""
+    from benchmarks import kernel_times
+
+    watched: list[list[torch.Tensor]] = []
+    cpu = {name: getattr(torch, name) for name in ("randn", "full")}
+    for name, original in cpu.items():
+        monkeypatch.setattr(torch, name, lambda *a, o=original, **_: o(*a))
+    monkeypatch.setattr(torch, "Generator", lambda _: SimpleNamespace(manual_seed=lambda _: None))
+    monkeypatch.setattr(kernel_times, "Stopwatch", lambda _: lambda way: watched.append(way()) or 1.0)
+    monkeypatch.setattr("megatron_et.kernels.native.reads", lambda _: False)
+    times = {"topk": 0.3, "sort": 0.2, "cuda": 0.05}
+
+    def given(turns: dict[str, Any]) -> dict[str, list[float]]:
+        return {name: [turn() * times[name]] * 3 for name, turn in turns.items()}
+
+    monkeypatch.setattr(kernel_times, "in_turns", given)
+    assert kernel_times.selection_row(64, 8, 1) == "| T64 E8 | 300.0 | 200.0 | 50.0 |"
+    for found in watched:
+        torch.testing.assert_close(found, watched[0], rtol=0, atol=0)
+    assert len(watched) == 3
+    assert (watched[0][0] > watched[0][1]).all()  # 4 and 12 tokens
 
 
 def test_the_page_of_kernel_times_compares_with_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_et.config import ConfigError, ExpertThresholdConfig
-from megatron_et.kernels import load_kernels
+from megatron_et.kernels import Kernels, load_kernels
 
 ROOT = Path(__file__).parents[2]
 TRITON = ExpertThresholdConfig(router_type="expert-threshold", kernels="triton")
@@ -49,7 +49,7 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
 
 
 def test_torch_is_the_default_and_imports_no_triton() -> None:
-    assert load_kernels(ExpertThresholdConfig(router_type="expert-threshold"), 8, torch.zeros(1)) is None
+    assert load_kernels(ExpertThresholdConfig(router_type="expert-threshold"), 8, torch.zeros(1)) == Kernels()
     code = "import sys, megatron_et.kernels; print('triton' in sys.modules)"
     assert python("-c", code).stdout.splitlines()[-1] == "False"
 
@@ -72,39 +72,46 @@ GPU = SimpleNamespace(is_cuda=True, device="cuda:0")
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What load_kernels has tried out: True for the CUDA kernel."""
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """What load_kernels has tried out: whether route.cu routes and select.cu selects."""
     from megatron_et.kernels import routed
 
-    seen: list[bool] = []
-    monkeypatch.setattr(routed, "try_out", lambda device, cuda: seen.append(cuda))  # noqa: ARG005
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(routed, "try_out", lambda device, *cuda: seen.append(cuda))  # noqa: ARG005
     return seen
 
 
 @pytest.mark.parametrize(
-    ("settings", "experts", "cuda"),
+    ("settings", "experts", "routes", "selects"),
     [
-        (CUDA, 8, True),
-        (CUDA, 12, False),
-        (replace(CUDA, max_fanout=4), 8, False),
-        (replace(CUDA, gate_normalization="fanout"), 8, False),
-        (TRITON, 8, False),
+        (CUDA, 8, True, True),
+        (CUDA, 12, False, False),
+        (replace(CUDA, max_fanout=4), 8, False, True),
+        (replace(CUDA, gate_normalization="fanout"), 8, False, True),
+        (TRITON, 8, False, False),
     ],
 )
 def test_kernels_are_tried_out_before_the_first_step(
-    settings: ExpertThresholdConfig, experts: int, cuda: bool, tried: list[bool]
+    settings: ExpertThresholdConfig,
+    experts: int,
+    routes: bool,
+    selects: bool,
+    tried: list[tuple[bool, bool]],
 ) -> None:
-    route = load_kernels(settings, experts, GPU)  # type: ignore[arg-type]
-    assert tried == [cuda]
-    assert route is not None
-    assert route.keywords == {"cuda": cuda}  # type: ignore[attr-defined]
+    from megatron_et.kernels import select
+
+    kernels = load_kernels(settings, experts, GPU)  # type: ignore[arg-type]
+    assert tried == [(routes, selects)]
+    assert kernels.route is not None
+    assert kernels.route.keywords == {"cuda": routes}  # type: ignore[attr-defined]
+    assert kernels.select == (select.kth_largest if selects else Kernels().select)
 
 
 def test_kernels_that_do_not_compile_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_et.kernels import native, routed
+    from megatron_et.kernels import native, nvrtc, routed
 
-    def no_such_gpu(device: str, cuda: bool) -> None:  # noqa: ARG001
-        native.compiled("sm_1", native.constants_for(None))
+    def no_such_gpu(device: str, *_: bool) -> None:  # noqa: ARG001
+        nvrtc.compiled("sm_1", native.kernel(None))
 
     monkeypatch.setattr(routed, "try_out", no_such_gpu)
     message = r"cuda: its kernels cannot be had on this GPU: NVRTC could not compile route\.cu for sm_1"
@@ -113,13 +120,13 @@ def test_kernels_that_do_not_compile_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_cuda_without_its_bindings_is_refused_if_it_needs_them(
-    monkeypatch: pytest.MonkeyPatch, tried: list[bool]
+    monkeypatch: pytest.MonkeyPatch, tried: list[tuple[bool, bool]]
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(ConfigError, match="--moe-et-kernels cuda needs NVIDIA's cuda-bindings"):
         load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
-    assert load_kernels(CUDA, 7, GPU) is not None  # type: ignore[arg-type]
-    assert tried == [False]
+    assert load_kernels(CUDA, 7, GPU).route is not None  # type: ignore[arg-type]
+    assert tried == [(False, False)]
 
 
 def test_cuda_counts_histograms_only() -> None:
@@ -138,8 +145,8 @@ def test_stripes_of_the_cuda_kernel(tokens: int, experts: int, rows: int) -> Non
     assert rows_of_stripe(tokens, experts // 8, 132) == rows
 
 
-def test_too_many_experts_are_refused(tried: list[bool]) -> None:
-    assert load_kernels(TRITON, 4096, GPU) is not None  # type: ignore[arg-type]
-    assert tried == [False]
+def test_too_many_experts_are_refused(tried: list[tuple[bool, bool]]) -> None:
+    assert load_kernels(TRITON, 4096, GPU).route is not None  # type: ignore[arg-type]
+    assert tried == [(False, False)]
     with pytest.raises(ConfigError, match="at most 4096 experts, and there are 4097"):
         load_kernels(TRITON, 4097, GPU)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ the device.
 Dimension letters: T tokens of a micro-batch, E experts, B bins.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -125,7 +126,8 @@ class HistogramQuantile:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The quantile at rho of the whole batch."""
         k = expected_load(num_tokens, self.topk, self.num_experts)
-        return self._kth_largest(integers, centers_E, k), num_tokens * self.topk >= self.num_experts
+        [cutoffs_E] = self._kth_largest(integers, centers_E, [k])
+        return cutoffs_E, num_tokens * self.topk >= self.num_experts
 
     def band(
         self, integers: torch.Tensor, num_tokens: torch.Tensor, centers_E: torch.Tensor, share: float
@@ -138,15 +140,15 @@ class HistogramQuantile:
             more than there are, +inf where none are too few. Of L layers at once as for `cutoffs`.
         """
         fewest, most = capacity_loads(expected_load(num_tokens, self.topk, self.num_experts), share)
-        lower_E = self._kth_largest(integers, centers_E, most + 1)
-        upper_E = self._kth_largest(integers, centers_E, fewest)
+        lower_E, upper_E = self._kth_largest(integers, centers_E, [most + 1, fewest])
         return torch.where(num_tokens > most, lower_E, -torch.inf), upper_E
 
-    def _kth_largest(self, integers: torch.Tensor, centers_E: torch.Tensor, k: Count) -> torch.Tensor:
-        # The experts of all layers are experts of one histogram, each with its layer's k.
-        pool = Histogram.of_counts(integers.reshape(-1, self._histogram.bins), centers_E.reshape(-1))
-        k_E = torch.as_tensor(k, device=integers.device).expand_as(centers_E)
-        return pool.kth_largest(k_E.reshape(-1)).view_as(centers_E)
+    def _kth_largest(
+        self, integers: torch.Tensor, centers_E: torch.Tensor, ks: Sequence[Count]
+    ) -> list[torch.Tensor]:
+        # Unflattened, a part of each layer's vector needs no copy.
+        counts_EB = integers.unflatten(-1, (self.num_experts, self._histogram.bins))
+        return Histogram.of_counts(counts_EB, centers_E).kth_largest_of_several(ks)
 
 
 def make_estimator(quantile: Quantile, num_experts: int, topk: int, device: Device = None) -> CutoffEstimator:

@@ -263,9 +263,10 @@ class Histogram:
 
     @classmethod
     def of_counts(cls, counts_EB: torch.Tensor, centers_E: torch.Tensor) -> "Histogram":
-        """Counts that are there already, taken over without a copy."""
+        """Counts that are there already, taken over without a copy; of L layers at once with a first
+        dimension L, on what it returns too."""
         histogram = cls.__new__(cls)
-        histogram.num_experts, histogram.bins = counts_EB.shape
+        histogram.num_experts, histogram.bins = counts_EB.shape[-2:]
         histogram.centers_E, histogram.counts_EB = centers_E, counts_EB
         return histogram
 
@@ -322,20 +323,26 @@ class Histogram:
         Returns:
             cutoffs [experts] fp64.
         """
-        k = torch.as_tensor(k, device=self.counts_EB.device)
-        # Tokens in a bin or above it, in one temporary of the size of the counts, which many layers share.
-        reaching_EB = self.counts_EB.cumsum(dim=1)
-        total_E1 = reaching_EB[:, -1:].clone()
-        reaching_EB.sub_(self.counts_EB).neg_().add_(total_E1)
-        k_E = torch.minimum(k, total_E1.squeeze(1))
-        bin_E1 = ((reaching_EB >= k_E.unsqueeze(1)).sum(dim=1, keepdim=True) - 1).clamp_(min=0)
-        inside_E = self.counts_EB.gather(1, bin_E1).squeeze(1)
-        above_E = reaching_EB.gather(1, bin_E1).squeeze(1) - inside_E
-        edges, bin_E = self.edges(), bin_E1.squeeze(1)
-        high_E, low_E = edges[bin_E + 1], edges[bin_E]
-        share_E = (k_E - above_E).double() / inside_E.clamp(min=1)
-        cutoffs_E = self.centers_E.double() + high_E - (high_E - low_E) * share_E
-        return torch.where(k_E > 0, cutoffs_E, torch.inf)
+        return self.kth_largest_of_several([k])[0]
+
+    def kth_largest_of_several(self, ks: Sequence[Count]) -> list[torch.Tensor]:
+        """`kth_largest` for several k from one sum over the bins."""
+        device = self.counts_EB.device
+        # Tokens up to and in each bin: the only temporary of the size of the counts, which many layers share.
+        upto_EB = self.counts_EB.cumsum(dim=-1)
+        total_E1 = upto_EB[..., -1:]
+        # broadcast_to and not expand: one k may stand for all experts, or for all of a layer.
+        wanted = [torch.as_tensor(k, device=device).broadcast_to(total_E1.shape[:-1]) for k in ks]
+        k_EQ = torch.minimum(torch.stack(wanted, dim=-1), total_E1)
+        # The bins that hold, together with those below them, tokens below the k largest only.
+        bin_EQ = torch.searchsorted(upto_EB, total_E1 - k_EQ, right=True).clamp_(max=self.bins - 1)
+        inside_EQ = self.counts_EB.gather(-1, bin_EQ)
+        above_EQ = total_E1 - upto_EB.gather(-1, bin_EQ)
+        edges = self.edges()
+        high_EQ, low_EQ = edges[bin_EQ + 1], edges[bin_EQ]
+        share_EQ = (k_EQ - above_EQ).double() / inside_EQ.clamp(min=1)
+        cutoffs_EQ = self.centers_E.double().unsqueeze(-1) + high_EQ - (high_EQ - low_EQ) * share_EQ
+        return list(torch.where(k_EQ > 0, cutoffs_EQ, torch.inf).unbind(-1))
 
     def edges(self) -> torch.Tensor:
         """Distances from the centre that bound the bins, ascending, [bins + 1] fp64."""

@@ -52,7 +52,9 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
         return None
     integers = torch.cat([part for router in routers for part in router.statistics.integer_parts])
     reals = torch.cat([router.statistics.estimator.reals for router in routers])
-    torch._foreach_zero_([tensor for router in routers for tensor in router.statistics.accumulators])
+    # By dtype: a list of several is zeroed one by one.
+    torch._foreach_zero_([part for router in routers for part in router.statistics.integer_parts])
+    torch._foreach_zero_([router.statistics.estimator.reals for router in routers])
     group = routers[0].tp_dp_cp_group
     handles = []
     if group is not None and torch.distributed.is_initialized() and group.size() > 1:
@@ -96,13 +98,14 @@ def _propose(
     non-finite logits [L]."""
     emas = [router.thresholds for router in routers]
     statistics, et = routers[0].statistics, routers[0].et_config
-    centers_LE, values_LE = threshold.stacked(emas, "last_cutoff"), threshold.stacked(emas, "value")
+    now = threshold.stacked(emas)
+    centers_LE = now["last_cutoff"]
     counts, cutoffs_LE, valid_L1 = statistics.reduced(integers_LN, reals_LN, centers_LE)
     band = None if et.guard is None else statistics.band(integers_LN, counts.tokens, centers_LE, et.guard)
-    threshold.propose_all(emas, cutoffs_LE, valid=valid_L1, band=band)
-    routed_by_LE = values_LE.where(threshold.stacked(emas, "num_updates") > 0, torch.nan)
+    threshold.propose_all(emas, now, cutoffs_LE, valid=valid_L1, band=band)
+    routed_by_LE = now["value"].where(now["num_updates"] > 0, torch.nan)
     known_LE = cutoffs_LE.where(valid_L1, torch.nan)
-    restarted_L1 = threshold.recently_restarted(emas)
+    restarted_L1 = threshold.recently_restarted(now)
     for layer, router in enumerate(routers):
         router.last_batch = BatchRecord(
             counts=BatchCounts(*(part[layer] for part in vars(counts).values())),

@@ -5,7 +5,7 @@ Dimension letters: E experts, L layers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -89,7 +89,7 @@ class ThresholdEMA(torch.nn.Module):
                 threshold outside had too much or too little load. None without a guard, which also ends runs
                 of violations.
         """
-        propose_all([self], cutoffs_E, valid=valid, band=band)
+        propose_all([self], stacked([self]), cutoffs_E, valid=valid, band=band)
 
     def commit(self) -> None:
         """Make the candidate the thresholds. Raises RuntimeError when there is none."""
@@ -97,7 +97,7 @@ class ThresholdEMA(torch.nn.Module):
 
     def recently_restarted(self) -> torch.Tensor:
         """[1] int64: experts whose EMA the guard started again within the last RECENT committed batches."""
-        return recently_restarted([self])[0]
+        return recently_restarted(stacked([self]))[0]
 
     def discard(self) -> None:
         """Drop the candidate, if there is one (a skipped, rerun or overflowed step leaves no trace)."""
@@ -123,14 +123,26 @@ class ThresholdEMA(torch.nn.Module):
         return f"num_experts={self.value.numel()}, decay={self.decay}"
 
 
-def stacked(emas: Sequence[ThresholdEMA], name: str) -> torch.Tensor:
-    """One buffer of several layers, [L, E] or [L, 1]."""
-    return torch.stack([ema.get_buffer(name) for ema in emas])
+type Stacked = Mapping[str, torch.Tensor]
+"""Buffers of several layers by name, each [L, E] or [L, 1]."""
+
+
+def stacked(emas: Sequence[ThresholdEMA]) -> Stacked:
+    """A copy of the buffers of several layers; those of one dtype and size take one operation."""
+    alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
+    for name, buffer in emas[0].named_buffers():
+        alike.setdefault((buffer.dtype, buffer.shape), []).append(name)
+    copies: dict[str, torch.Tensor] = {}
+    for names in alike.values():
+        together = torch.stack([ema.get_buffer(name) for name in names for ema in emas])
+        copies |= zip(names, together.split(len(emas)), strict=True)
+    return copies
 
 
 @torch.no_grad()
 def propose_all(
     emas: Sequence[ThresholdEMA],
+    now: Stacked,
     cutoffs_LE: torch.Tensor,
     *,
     valid: torch.Tensor | None = None,
@@ -140,11 +152,11 @@ def propose_all(
 
     Args:
         emas: L of them.
+        now: their buffers.
         cutoffs_LE: [L, E] ([E] will do for one).
         valid: [L, 1] bool.
         band: (lower, upper), each [L, E].
     """
-    now = {name: stacked(emas, name) for name, _ in emas[0].named_buffers()}
     decay = emas[0].decay
     updates = now["num_updates"] + 1
     restarted_at, violations = now["restarted_at"], torch.zeros_like(now["violations"])
@@ -160,7 +172,7 @@ def propose_all(
         restarted_at = torch.where(restart, now["num_updates"], restarted_at)
     log_decay = math.log(decay) if decay > 0.0 else -math.inf
     # float64: (1 - beta**n) cancels for small n, and every layout must round the same way.
-    rate_LE = (1.0 - decay) / -torch.expm1((updates - restarted_at).double() * log_decay)
+    rate_LE = (decay - 1.0) / torch.expm1((updates - restarted_at).double() * log_decay)
     value = now["value"].double()
     candidate = {
         "value": (value + rate_LE * (cutoffs_LE.double() - value)).float(),
@@ -183,14 +195,20 @@ def commit_all(emas: Sequence[ThresholdEMA]) -> None:
         if ema._candidate is None:
             raise RuntimeError("commit() without a candidate: call propose() with the batch's cutoffs first")
         candidates.append(ema._candidate)
-    for name, _ in emas[0].named_buffers():
+    alike: dict[torch.dtype, list[str]] = {}
+    for name, buffer in emas[0].named_buffers():
+        alike.setdefault(buffer.dtype, []).append(name)
+    for names in alike.values():
         # In place: checkpoint code, CUDA graphs and users hold on to the buffers.
-        torch._foreach_copy_([ema.get_buffer(name) for ema in emas], [new[name] for new in candidates])
+        torch._foreach_copy_(
+            [ema.get_buffer(name) for name in names for ema in emas],
+            [new[name] for name in names for new in candidates],
+        )
     for ema in emas:
         ema._candidate = None
 
 
-def recently_restarted(emas: Sequence[ThresholdEMA]) -> torch.Tensor:
+def recently_restarted(now: Stacked) -> torch.Tensor:
     """`ThresholdEMA.recently_restarted` of several layers, [L, 1]."""
-    restarted_at, updates = stacked(emas, "restarted_at"), stacked(emas, "num_updates")
+    restarted_at, updates = now["restarted_at"], now["num_updates"]
     return ((restarted_at > 0) & (updates - restarted_at <= RECENT)).sum(dim=1, keepdim=True)

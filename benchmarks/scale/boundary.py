@@ -5,6 +5,7 @@ not depend on the size.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,11 @@ class Traffic(TorchDispatchMode):
             # Only what the index names is touched: read and, for index_add_, written.
             index = args[2]
             self.bytes += _size(index) + 2 * index.numel() * args[0].element_size()
+        elif name == "searchsorted":
+            # A halving reads one number.
+            sorted_numbers, values = args
+            steps = math.log2(sorted_numbers.shape[-1])
+            self.bytes += (steps + 1) * _size(values) + _size(result)
         else:
             read = [] if name in _FRESH else _tensors((args, kwargs))
             self.bytes += sum(map(_size, read)) + sum(map(_size, written))

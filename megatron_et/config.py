@@ -96,7 +96,7 @@ class ExpertThresholdConfig:
         "what routes and counts: torch = tensor operations; triton = fused kernels, same map and counts bit "
         "for bit; cuda = the fastest, everything forward in one CUDA kernel (for a multiple of 8 experts, no "
         "fan-out bound, no normalization, quantiles from histograms; else Triton's), the bounds of warm-up "
-        "and capacity in another",
+        "and capacity in another (pool microbatch)",
     )
     trace_dir: str | None = _knob(
         None,

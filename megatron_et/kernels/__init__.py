@@ -53,9 +53,11 @@ def load_kernels(et: ExpertThresholdConfig, num_experts: int, on_device: torch.T
         )
     # What the CUDA kernels never take needs none of their compiler.
     whole_rows = et.max_fanout is not None or et.gate_normalization == "fanout"
-    selects = et.kernels == "cuda" and num_experts % routed.native.EXPERTS == 0
-    routes = selects and not whole_rows
-    if selects:
+    bounded = et.router_type == "expert-choice" or et.warmup_steps > 0 or et.capacity_factor is not None
+    cuda = et.kernels == "cuda" and num_experts % routed.native.EXPERTS == 0
+    routes = cuda and not whole_rows
+    selects = cuda and bounded and et.pool == "microbatch"
+    if routes or selects:
         try:
             from cuda.bindings import driver, nvrtc  # noqa: F401
         except ImportError as error:

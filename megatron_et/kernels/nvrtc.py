@@ -50,13 +50,15 @@ def launch(
     """
     from cuda.bindings import driver
 
-    function = _function(device.index, kernel)
     types = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(numbers)
     stream = torch.cuda.current_stream(device).cuda_stream
     arguments = ((*pointers, *numbers), types)
-    [status] = driver.cuLaunchKernel(
-        function, *grid, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream, arguments, 0
-    )
+    # The driver loads and launches in the current context, whichever device that is of.
+    with torch.cuda.device(device):
+        function = _function(device.index, kernel)
+        [status] = driver.cuLaunchKernel(
+            function, *grid, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream, arguments, 0
+        )
     _check(status, f"launching {kernel.file}")
 
 
@@ -75,7 +77,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _function(device: int, kernel: Kernel) -> Any:
-    """The kernel in the GPU's current context, which is torch's."""
+    """The kernel in the current context, which must be the device's."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)

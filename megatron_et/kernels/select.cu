@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_digit(
     const long long* __restrict__ wanted_1,     // [1], of the second
     u32* __restrict__ prefix,                   // [QUERIES, E], digits found so far
     u32* __restrict__ left,                     // [QUERIES, E], the k-th largest is the left-th of those that begin so
-    u32* __restrict__ histogram,                // [QUERIES, E, BUCKETS], zero before and after
+    u32* __restrict__ histogram,                // [queries, E, BUCKETS], zero before and after
     u32* __restrict__ arrived,                  // [groups], zero before and after
     float* __restrict__ cutoffs,                // [QUERIES, E], written by the launch with shift 0
     int num_tokens, int num_experts, int rows, int queries, int bits, int shift, int k_0, int k_1) {
@@ -142,6 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_digit(
         const long long asked = wanted != nullptr ? *wanted : query == 0 ? k_0 : k_1;
         k = asked <= 0 ? 0 : asked < total ? (u32)asked : total;
       }
+      __syncwarp();   // all lanes have read `left`, which one of them writes now
       if (k == 0) {  // nobody is wanted
         if (lane == 0) {
           left[place] = 0;

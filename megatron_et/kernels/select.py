@@ -19,10 +19,11 @@ MOST = 2**31 - 1
 def kth_largest(
     logits_TE: torch.Tensor, ks: Sequence[Count], padding_mask_T: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """`quantile.kth_largest_of_several`, to the same bits; what the kernel cannot read or answer goes there.
+    """`quantile.kth_largest_of_several`; what the kernel cannot read or answer goes there.
 
-    NaN is the largest logit, as torch sorts it. Nothing waits for the device, and all may be captured in a
-    CUDA graph.
+    The same bits but for the sign of zero, and for a pool with NaN, which commit refuses anyway: NaN is the
+    largest logit, as where the oracle sorts; where it takes the least of its topk, that is NaN. Nothing waits
+    for the device, and all may be captured in a CUDA graph.
     """
     if not native.reads(logits_TE) or len(ks) > QUERIES:
         return kth_largest_of_several(logits_TE, ks, padding_mask_T)
@@ -30,10 +31,11 @@ def kth_largest(
     device = logits_TE.device
     groups = num_experts // native.EXPERTS
     rows = native.rows_of_stripe(num_tokens, groups, nvrtc.multiprocessors(device))
-    histogram, arrived = scratch.zeros("select", device, QUERIES * num_experts * BUCKETS, groups)
+    histogram, arrived = scratch.zeros("select", device, len(ks) * num_experts * BUCKETS, groups)
     found = torch.empty(2, QUERIES, num_experts, dtype=torch.int32, device=device)
     cutoffs_QE = torch.empty(QUERIES, num_experts, device=device)
     padding = None if padding_mask_T is None else padding_mask_T.contiguous().view(torch.uint8)
+    assert all(k.device == device and k.numel() == 1 for k in ks if isinstance(k, torch.Tensor))
     on_device = [k.long() if isinstance(k, torch.Tensor) else None for k in ks]
     on_host = [0 if isinstance(k, torch.Tensor) else min(max(k, 0), MOST) for k in ks]
     missing = QUERIES - len(ks)

@@ -41,6 +41,7 @@ template <class T> static T atomicAdd(T* p, T n) { return __atomic_fetch_add(p, 
 template <class T> static T atomicExch(T* p, T n) { return __atomic_exchange_n(p, n, __ATOMIC_SEQ_CST); }
 static void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
+static void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
 static unsigned __shfl_xor_sync(unsigned, unsigned value, int lanes) {
   std::barrier<>& warp = *warp_barriers[threadIdx.x / 32];
   exchanged[threadIdx.x] = value;

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_et.kernels import native, nvrtc
+from megatron_et.kernels import native, nvrtc, scratch
 
 HERE = Path(__file__).parent
 THREADS = 64
@@ -21,13 +21,21 @@ compiler = shutil.which("g++") or shutil.which("clang++")
 
 
 class OnCpu:
-    """`nvrtc.launch` for tensors on the CPU."""
+    """`nvrtc.launch` for tensors on the CPU; fails when a launch does not leave its scratch as zeros."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launches: Counter[str] = Counter()
         """By the name of the source."""
         self._folder = folder
         self._libraries: dict[nvrtc.Kernel, ctypes.CDLL] = {}
+        self._scratch: tuple[torch.Tensor, ...] = ()
+        fresh = scratch.zeros
+
+        def zeros(owner: str, device: torch.device, *sizes: int) -> tuple[torch.Tensor, ...]:
+            self._scratch = fresh(owner, device, *sizes)
+            return self._scratch
+
+        monkeypatch.setattr(scratch, "zeros", zeros)
         monkeypatch.setattr(nvrtc, "launch", self)
         monkeypatch.setattr(native, "THREADS", THREADS)
         monkeypatch.setattr(native, "MOST_ROWS", 2 * THREADS)
@@ -48,6 +56,7 @@ class OnCpu:
         library.launch(
             *grid, (ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_int * len(numbers))(*numbers)
         )
+        assert not any(vector.any() for vector in self._scratch)
 
     def _compile(self, kernel: nvrtc.Kernel) -> ctypes.CDLL:
         assert compiler is not None

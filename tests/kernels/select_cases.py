@@ -61,7 +61,7 @@ LEFT_TO_TORCH = {"not-multiple-of-8", "three-k", "not-contiguous", "bf16", "no-t
 
 
 def check(case: Case, device: str) -> None:
-    """The same cutoffs, to the bit but for the sign of zero, twice in a row: it leaves no counts behind."""
+    """The same cutoffs, to the bit but for the sign of zero, twice in a row: on a GPU with one scratch."""
     t, e = case.tokens, case.experts
     generator = torch.Generator().manual_seed(case.seed)
     logits = torch.randn(t, e, generator=generator) * case.scale + case.center

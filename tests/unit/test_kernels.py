@@ -88,6 +88,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
         (CUDA, 12, False, False),
         (replace(CUDA, max_fanout=4), 8, False, True),
         (replace(CUDA, gate_normalization="fanout"), 8, False, True),
+        (replace(CUDA, pool="global"), 8, True, False),
+        (replace(CUDA, warmup_steps=0), 8, True, False),
+        (replace(CUDA, warmup_steps=0, capacity_factor=0.5), 8, True, True),
+        (replace(CUDA, warmup_steps=0, router_type="expert-choice"), 8, True, True),
         (TRITON, 8, False, False),
     ],
 )
@@ -143,6 +147,30 @@ def test_stripes_of_the_cuda_kernel(tokens: int, experts: int, rows: int) -> Non
     from megatron_et.kernels.native import rows_of_stripe
 
     assert rows_of_stripe(tokens, experts // 8, 132) == rows
+
+
+def test_scratch_is_kept_for_a_stream_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_et.kernels import scratch
+
+    stream, capturing, zeros = SimpleNamespace(cuda_stream=1), False, torch.zeros
+    monkeypatch.setattr(scratch, "_SCRATCH", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(torch, "zeros", lambda size, dtype, **_: zeros(size, dtype=dtype))
+
+    def kept(owner: str, *sizes: int) -> tuple[torch.Tensor, ...]:
+        return scratch.zeros(owner, torch.device("cuda:0"), *sizes)
+
+    first = kept("route", 5, 2)
+    assert kept("route", 3, 2) is first
+    assert [vector.numel() for vector in kept("route", 4, 7)] == [5, 7]  # never less than before
+    assert kept("select", 3, 2) is kept("select", 3, 2) is not kept("route", 3, 2)
+    stream.cuda_stream = 2
+    second = kept("route", 3, 2)
+    assert [vector.numel() for vector in second] == [3, 2]
+    capturing = True
+    assert kept("route", 3, 2) is not second
+    assert all(vector.dtype == torch.int32 and not vector.any() for vector in second)
 
 
 def test_too_many_experts_are_refused(tried: list[tuple[bool, bool]]) -> None:

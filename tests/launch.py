@@ -29,6 +29,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def torchrun_command(nproc: int, logs: str) -> list[str]:
+    """torchrun up to what it runs; its ranks write to files below `logs`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    return [*command, "--redirects", "3", "--log-dir", logs]
+
+
+def cpu_environment() -> dict[str, str]:
+    """This process's, for the CPU backend, which refuses to run where a GPU is visible."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MEGATRON_ET_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def torchrun(
     script_or_module_args: Sequence[str],
     nproc: int,
@@ -42,24 +54,20 @@ def torchrun(
     Args:
         script_or_module_args: a script and its arguments, or `["-m", module, ...]`.
         nproc: processes, all on this machine.
-        env: variables set on top of this process's and of OMP_NUM_THREADS=1, MEGATRON_ET_CPU=1 and
-            CUDA_VISIBLE_DEVICES= (the CPU backend refuses to run where a GPU is visible).
+        env: variables set on top of `cpu_environment()`.
         timeout: seconds; then every process of the run is killed and the test fails with the output's tail.
         cwd: working directory, the repository root when left out.
 
     The exit status is the caller's to check: `assert run.returncode == 0, run.stdout[-TAIL:]`.
     """
-    cpu_env = {"OMP_NUM_THREADS": "1", "MEGATRON_ET_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
     # Files, not pipes: a forgotten grandchild that holds a pipe open would keep us waiting for ever. One for
     # each rank: torchrun starts its workers unbuffered, so print() writes a line and its end one after the
     # other, with room between them for another rank.
     with tempfile.TemporaryDirectory() as logs, tempfile.TemporaryFile("w+", errors="replace") as output:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-        command += ["--redirects", "3", "--log-dir", logs, *map(str, script_or_module_args)]
+        command = [*torchrun_command(nproc, logs), *map(str, script_or_module_args)]
         process = subprocess.Popen(
             command,
-            env={**os.environ, **cpu_env, **(env or {})},
+            env=cpu_environment() | (env or {}),
             cwd=cwd or ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,

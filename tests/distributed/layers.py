@@ -1,20 +1,17 @@
-"""Checks on Megatron's real MoELayer with our router, run under torchrun by test_layers.py (`layers.py
-FOLDER`, forked.py) or by hand (`layers.py CHECK [ARGS]`).
+"""Checks on Megatron's real MoELayer with our router, run under torchrun by test_layers.py: `layers.py CHECK
+[ARGS]`.
 
 Dimension letters: T tokens of this rank, H hidden size, E experts.
 """
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_et import cpu
-from tests.distributed.forked import run_each
 
 HIDDEN, EXPERTS, TOPK, SEQUENCE, BATCH = 16, 8, 2, 12, 2
 
@@ -658,6 +655,8 @@ def check_fused_router(quantile: str, kernels: str = "triton") -> None:
     """--moe-et-kernels triton, in Triton's interpreter, and cuda, compiled for the CPU: a layer routes,
     counts, learns and moves its thresholds as with torch, through warm-up, capacity, padding and
     evaluation."""
+    import os
+
     os.environ["TRITON_INTERPRET"] = "1"
     import megatron_et
 
@@ -711,6 +710,7 @@ def check_fused_router(quantile: str, kernels: str = "triton") -> None:
 def cuda_on_cpu() -> dict[str, int]:
     """Lets the CUDA kernels run on the CPU in this process; returns where their launches are counted."""
     import tempfile
+    from pathlib import Path
 
     from tests.kernels.cuda_on_cpu import OnCpu
 
@@ -843,22 +843,12 @@ CHECKS: dict[str, Callable[..., None]] = {
     name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
 }
 
-
-def main(words: list[str]) -> None:
-    """Run one check: its name and arguments."""
-    CHECKS[words[0]](*words[1:])
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    print(f"check {words[0]} passed on rank {os.environ['RANK']}", flush=True)
-
-
 if __name__ == "__main__":
+    import os
+
     WORLD = os.environ["WORLD_SIZE"]
     cpu.install()
-    if os.path.isdir(sys.argv[1]):
-        import megatron.core.models.gpt.moe_module_specs
-        import megatron.core.parallel_state  # noqa: F401
-
-        run_each(Path(sys.argv[1]), main)
-    else:
-        main(sys.argv[1:])
+    CHECKS[sys.argv[1]](*sys.argv[2:])
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    print(f"check {sys.argv[1]} passed on rank {os.environ['RANK']}", flush=True)

@@ -1,7 +1,10 @@
 """Starting pretraining runs from tests and reading what they leave behind."""
 
+import functools
 import json
 import re
+import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from benchmarks.small_gpt import SMALL_GPT
 from megatron_et.threshold import ThresholdEMA
+from tests.forked import forked
 from tests.launch import TAIL, torchrun, words
 
 GPT_ARGS = [
@@ -21,6 +25,9 @@ GPT_ARGS = [
 ]
 ET_ARGS = words("--moe-router-type expert-threshold --moe-et-warmup-steps 4 --moe-et-ema-decay 0.9")
 MOE_LAYERS = ["2", "3", "4"]
+
+type Launch = Callable[..., subprocess.CompletedProcess[str]]
+"""`launch.torchrun` or `forked.forked`."""
 
 
 @dataclass
@@ -58,17 +65,22 @@ def pretrain(
     env: dict[str, str] | None = None,
     succeeds: bool = True,
     timeout: int = 200,
+    launch: Launch = torchrun,
 ) -> Run:
     """Train the small GPT; with a folder the trace goes there. Megatron's argparse lets later flags win."""
     extra = args.split() if isinstance(args, str) else args
     trace_args = ["--moe-et-trace-dir", str(folder)] if folder is not None and et else []
-    result = torchrun([*command, *model, *et, *trace_args, *extra], processes, env=env, timeout=timeout)
+    result = launch([*command, *model, *et, *trace_args, *extra], processes, env=env, timeout=timeout)
     if succeeds:
         assert result.returncode == 0, result.stdout[-TAIL:]
     file = None if folder is None else folder / "et_trace.jsonl"
     lines = file.read_text().splitlines() if file is not None and file.is_file() else []
     trace = {record["step"]: record for record in map(json.loads, lines)}
     return Run(result.returncode, result.stdout, trace)
+
+
+forked_pretrain = functools.partial(pretrain, launch=forked)
+"""`pretrain` where Megatron is imported already: for tests that start many runs."""
 
 
 def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:

@@ -1,19 +1,15 @@
 """Megatron's MoELayer with our router and dispatchers, against dense formulas and the invariants
 (layers.py)."""
 
-import functools
 import re
-from collections.abc import Callable
 
 import pytest
 
-from tests.distributed.forked import Outcome, together
+from tests.forked import forked
 from tests.kernels.cuda_on_cpu import compiler
-from tests.launch import TAIL
+from tests.launch import TAIL, torchrun
 
 pytestmark = pytest.mark.distributed
-
-LAYERS = "tests.distributed.layers"
 
 SMOKE = {(2, "dense_formula alltoall"), (2, "dense_formula allgather"), (2, "recompute"), (1, "bfloat16")}
 CHECKS = [
@@ -55,46 +51,17 @@ CHECKS = [
 ]
 
 
-FIXED_STREAM = {1: ["1", "8"], 2: ["4", "3 yes"], 4: ["1", "2 yes"]}
-"""Processes -> micro-batches, and whether with recompute."""
-
-type Outcomes = Callable[[int, str], Outcome]
-
-
-@pytest.fixture(scope="module")
-def outcome_of(request: pytest.FixtureRequest) -> Outcomes:
-    """Runs everything selected that needs so many processes with the first of it."""
-    selected: dict[int, list[str]] = {1: [], 2: [], 4: []}
-    for item in request.session.items:
-        if item.originalname == "test_layer" and can_run(item.callspec.params["check"]):
-            selected[item.callspec.params["processes"]].append(item.callspec.params["check"])
-        elif item.originalname == "test_thresholds_do_not_depend_on_the_layout":
-            for processes, splits in FIXED_STREAM.items():
-                selected[processes] += [f"fixed_stream {split}" for split in splits]
-
-    @functools.cache
-    def outcomes(processes: int) -> dict[str, Outcome]:
-        # Triton reads it when it is imported, and Megatron imports it; nothing else here uses Triton.
-        return together(LAYERS, processes, selected[processes], env={"TRITON_INTERPRET": "1"})
-
-    return lambda processes, check: outcomes(processes)[check]
-
-
-def test_thresholds_do_not_depend_on_the_layout(outcome_of: Outcomes) -> None:
+def test_thresholds_do_not_depend_on_the_layout() -> None:
     """I3: one stream over 1, 2, 4 ranks, in 1 to 8 micro-batches, with and without recompute: equal bits."""
+    layouts = [(1, "1"), (1, "8"), (2, "4"), (2, "3 yes"), (4, "1"), (4, "2 yes")]
     bits = {}
-    for processes, splits in FIXED_STREAM.items():
-        for split in splits:
-            outcome = outcome_of(processes, f"fixed_stream {split}")
-            assert outcome.statuses == [0] * processes, outcome.output[-TAIL:]
-            bits[processes, split] = re.findall(r"^bits .*", outcome.output, re.MULTILINE)
-    assert len(bits) == 6
+    for processes, split in layouts:
+        command = ["-m", "tests.distributed.layers", "fixed_stream", *split.split()]
+        run = forked(command, processes, timeout=120)
+        assert run.returncode == 0, run.stdout[-TAIL:]
+        bits[processes, split] = re.findall(r"^bits .*", run.stdout, re.MULTILINE)
     assert all(len(found) == 1 and "tokens 96" in found[0] for found in bits.values()), bits
     assert len({found[0] for found in bits.values()}) == 1, bits
-
-
-def can_run(check: str) -> bool:
-    return compiler is not None or not check.endswith(" cuda")
 
 
 @pytest.mark.parametrize(
@@ -108,9 +75,11 @@ def can_run(check: str) -> bool:
         for case in CHECKS
     ],
 )
-def test_layer(processes: int, check: str, outcome_of: Outcomes) -> None:
-    if not can_run(check):
+def test_layer(processes: int, check: str) -> None:
+    if check.endswith(" cuda") and compiler is None:
         pytest.skip("no C++ compiler")
-    outcome = outcome_of(processes, check)
-    assert outcome.statuses == [0] * processes, outcome.output[-TAIL:]
-    assert outcome.output.count(f"check {check.split()[0]} passed") == processes
+    # Triton must be told to interpret before it is imported, and Megatron imports it.
+    launch = torchrun if check.startswith("fused_router") else forked
+    run = launch(["-m", "tests.distributed.layers", *check.split()], processes, timeout=120)
+    assert run.returncode == 0, run.stdout[-TAIL:]
+    assert run.stdout.count(f"check {check.split()[0]} passed") == processes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.runs import ET_ARGS, GPT_ARGS, MOE_LAYERS, Run, pretrain
+from tests.distributed.runs import ET_ARGS, GPT_ARGS, MOE_LAYERS, Run, forked_pretrain
 from tests.launch import words
 from tests.megatron_here import needs_training
 
@@ -52,7 +52,7 @@ def fed(processes: int, flags: str, folder: Path) -> Run:
     """A run whose routers see the same logits for the same tokens in every layout."""
     script = str(Path(__file__).parent / "fed_pretrain.py")
     args = f"{flags} --train-iters {STEPS} --moe-et-warmup-steps {WARMUP}"
-    return pretrain(args, processes=processes, folder=folder, command=("-m", "megatron_et", script))
+    return forked_pretrain(args, processes=processes, folder=folder, command=("-m", "megatron_et", script))
 
 
 def of_layers(run: Run, *names: str) -> dict[tuple[int, str], list[Any]]:
@@ -113,7 +113,7 @@ PLAIN_GPT = [
 def continued(routing: str, processes: int, flags: str, checkpoint: Path, folder: Path) -> Run:
     """Training on from the checkpoint in another layout, with a fresh optimizer."""
     args = f"{flags} --train-iters {END} --load {checkpoint} --no-load-optim --no-load-rng"
-    return pretrain(args, processes=processes, folder=folder, et=ROUTINGS[routing], model=PLAIN_GPT)
+    return forked_pretrain(args, processes=processes, folder=folder, et=ROUTINGS[routing], model=PLAIN_GPT)
 
 
 type Straight = Callable[[str], tuple[Path, Run]]
@@ -127,7 +127,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     def make(routing: str) -> tuple[Path, Run]:
         folder = tmp_path_factory.mktemp(routing)
         save = f"{EP2} --train-iters {START} --save {folder}"
-        pretrain(save, et=ROUTINGS[routing], model=PLAIN_GPT)
+        forked_pretrain(save, et=ROUTINGS[routing], model=PLAIN_GPT)
         return folder, continued(routing, 1, "", folder, folder / "straight")
 
     return make

@@ -16,7 +16,7 @@ from tests.distributed.runs import (
     Run,
     assert_thresholds_replay,
     checkpoint_tensors,
-    pretrain,
+    forked_pretrain,
     router_counters,
 )
 from tests.distributed.varying_pretrain import length
@@ -53,7 +53,7 @@ def test_the_batch_size_ramps_up(tmp_path: Path) -> None:
         del model[at : at + 2]
     ramp = ["--step-batch-size-schedule", f"0:4 {12 * 64}:8 {28 * 64}:12", "--train-samples", str(sum(sizes))]
     args = [*words(f"{EP2} --save {tmp_path}/straight"), *ramp]
-    run = pretrain(args, folder=tmp_path, model=model)
+    run = forked_pretrain(args, folder=tmp_path, model=model)
     assert [record["tokens"] for record in run.trace.values()] == [64 * size for size in sizes]
     assert_routes_well(run, MOE_LAYERS)
     assert_thresholds_replay(run)
@@ -62,7 +62,7 @@ def test_the_batch_size_ramps_up(tmp_path: Path) -> None:
 
     # Megatron saves where the size changes: after 3 and after 5 steps.
     args = [*words(f"{EP2} --load {tmp_path}/straight --ckpt-step 3"), *ramp]
-    resumed = pretrain(args, folder=tmp_path / "resumed", model=model)
+    resumed = forked_pretrain(args, folder=tmp_path / "resumed", model=model)
     assert resumed.trace == {step: run.trace[step] for step in range(4, len(sizes) + 1)}
 
 
@@ -70,7 +70,7 @@ def test_the_batch_size_ramps_up(tmp_path: Path) -> None:
 def test_sequence_lengths_vary(layout: str, tmp_path: Path) -> None:
     """Every micro-batch is of another length, on every rank: real tokens count."""
     script = str(Path(__file__).parent / "varying_pretrain.py")
-    run = pretrain(
+    run = forked_pretrain(
         f"{layout} --train-iters 8 --eval-iters 0",
         folder=tmp_path,
         command=("-m", "megatron_et", script),
@@ -93,7 +93,7 @@ HEADS = {
 @pytest.mark.parametrize(("flags", "heads", "calls"), HEADS.values(), ids=HEADS.keys())
 def test_two_tokens_are_predicted_ahead(flags: str, heads: list[str], calls: int, tmp_path: Path) -> None:
     """Megatron can call one head twice in a micro-batch: its router then sees every token twice."""
-    run = pretrain(f"{flags} --train-iters 6 --mtp-num-layers 2", folder=tmp_path)
+    run = forked_pretrain(f"{flags} --train-iters 6 --mtp-num-layers 2", folder=tmp_path)
     assert_routes_well(run, [*MOE_LAYERS, *heads])
     assert_thresholds_replay(run)
     for record in run.trace.values():
@@ -139,7 +139,7 @@ def test_annealing_takes_the_jump_out_of_the_switch(tmp_path: Path) -> None:
     warmup, anneal, last, decay = 8, 8, 24, 0.97
     flags = f"{EP2} --train-iters {last} --eval-iters 0 --lr 1e-2 --moe-et-ema-decay {decay} "
     flags += f"--moe-et-warmup-steps {warmup} --moe-et-warmup-anneal-steps"
-    hard, soft = (pretrain(f"{flags} {n}", folder=tmp_path / str(n)) for n in (0, anneal))
+    hard, soft = (forked_pretrain(f"{flags} {n}", folder=tmp_path / str(n)) for n in (0, anneal))
     for run in (hard, soft):
         assert_thresholds_replay(run, decay=decay)
         numbers = {
@@ -190,7 +190,7 @@ def test_the_guard_brings_loads_back_after_a_jump(tmp_path: Path) -> None:
         args = f"{flags} --train-iters 14 --moe-et-ema-decay 0.99 --moe-et-warmup-steps 3"
         command = ("-m", "megatron_et", str(Path(__file__).parent / "fed_pretrain.py"))
         env = {"FED_JUMP": str(JUMP)}
-        return pretrain(args, processes=processes, folder=tmp_path / name, command=command, env=env)
+        return forked_pretrain(args, processes=processes, folder=tmp_path / name, command=command, env=env)
 
     def load_error(run: Run, step: int) -> float:
         usage = [share for layer in run.trace[step]["layers"].values() for share in layer["usage"]]

@@ -15,6 +15,7 @@ from tests.distributed.runs import (
     assert_same_tensors,
     assert_thresholds_replay,
     checkpoint_tensors,
+    forked_pretrain,
     pretrain,
     router_counters,
 )
@@ -35,7 +36,7 @@ QUIET = f"{EP2} --hidden-dropout 0 --attention-dropout 0 --eval-iters 0 --train-
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     """Nothing interrupts this run; it saves at its end only."""
     folder = tmp_path_factory.mktemp("straight")
-    return pretrain(f"{QUIET} --save {folder}", folder=folder), folder
+    return forked_pretrain(f"{QUIET} --save {folder}", folder=folder), folder
 
 
 def goes_on_as(straight: tuple[Run, Path], resumed: Run, saved: Path, first: int) -> None:
@@ -51,7 +52,7 @@ def goes_on_as(straight: tuple[Run, Path], resumed: Run, saved: Path, first: int
 
 def test_evaluation_leaves_no_trace(straight: tuple[Run, Path], tmp_path: Path) -> None:
     """In the warm-up, right before the switch and after it."""
-    run = pretrain(f"{QUIET} --eval-interval 2 --eval-iters 2 --save {tmp_path}", folder=tmp_path)
+    run = forked_pretrain(f"{QUIET} --eval-interval 2 --eval-iters 2 --save {tmp_path}", folder=tmp_path)
     assert run.output.count("validation loss at iteration") >= END // 2
     assert run.loss == straight[0].loss
     goes_on_as(straight, run, tmp_path, 1)
@@ -60,9 +61,9 @@ def test_evaluation_leaves_no_trace(straight: tuple[Run, Path], tmp_path: Path) 
 @pytest.mark.parametrize("interval", [3, 4])
 def test_exit_interval_and_resume(straight: tuple[Run, Path], interval: int, tmp_path: Path) -> None:
     """Stopped inside the warm-up, and on the step that ends it."""
-    stopped = pretrain(f"{QUIET} --exit-interval {interval} --save {tmp_path}", folder=tmp_path)
+    stopped = forked_pretrain(f"{QUIET} --exit-interval {interval} --save {tmp_path}", folder=tmp_path)
     assert sorted(stopped.trace) == list(range(1, interval + 1))
-    resumed = pretrain(f"{QUIET} --load {tmp_path} --save {tmp_path}", folder=tmp_path)
+    resumed = forked_pretrain(f"{QUIET} --load {tmp_path} --save {tmp_path}", folder=tmp_path)
     assert sorted(resumed.loss) == list(range(interval + 1, END + 1))
     goes_on_as(straight, resumed, tmp_path, 1)
 
@@ -77,7 +78,9 @@ def test_the_rerun_state_machine_leaves_no_trace(straight: tuple[Run, Path], tmp
     assert 1 <= done < END
     assert sorted(left.trace) == list(range(1, done + 1))
     saved = checkpoint_tensors(tmp_path, int((tmp_path / "latest_checkpointed_iteration.txt").read_text()))
-    resumed = pretrain(f"{QUIET} --load {tmp_path} --save {tmp_path} --rerun-mode disabled", folder=tmp_path)
+    resumed = forked_pretrain(
+        f"{QUIET} --load {tmp_path} --save {tmp_path} --rerun-mode disabled", folder=tmp_path
+    )
     first = min(resumed.loss)
     assert router_counters(saved) == {first - 1}
     goes_on_as(straight, resumed, tmp_path, first)
@@ -89,7 +92,7 @@ def test_overflow_skipped_steps_leave_no_trace(tmp_path: Path) -> None:
     steps = 16
     scale = "--fp16 --initial-loss-scale 4194304 --loss-scale-window 2 --hysteresis 1 --min-loss-scale 1"
     args = f"{EP2} {scale} --eval-iters 0 --train-iters {steps} --save {tmp_path} --save-interval 4"
-    run = pretrain(args, folder=tmp_path)
+    run = forked_pretrain(args, folder=tmp_path)
     log = re.findall(r" iteration +(\d+)/.*?number of skipped iterations: +(\d+)", run.output)
     skipped_until = {int(step): int(count) for step, count in log}
     # Megatron keeps the first step's sums once, so that step 2 prints those of both.
@@ -114,13 +117,13 @@ def test_thresholds_survive_every_change_of_layout(tmp_path: Path) -> None:
     layouts.append((4, EP2 + TP2 + "--no-load-optim"))
     end = 2 * len(layouts)
     command = ("-m", "megatron_et", script)
-    straight = pretrain(
+    straight = forked_pretrain(
         f"{common} --train-iters {end}", processes=1, command=command, folder=tmp_path / "straight"
     )
     chain = f"{common} --dist-ckpt-optim-fully-reshardable --save {tmp_path}/chain "
     for n, (processes, flags) in enumerate(layouts):
         args = f"{chain} {flags} --train-iters {2 * n + 2} " + (f"--load {tmp_path}/chain" if n else "")
-        run = pretrain(args, processes=processes, command=command, folder=tmp_path / f"{n}")
+        run = forked_pretrain(args, processes=processes, command=command, folder=tmp_path / f"{n}")
         assert sorted(run.trace) == [2 * n + 1, 2 * n + 2]
         for step, record in run.trace.items():
             for layer in MOE_LAYERS:
@@ -142,12 +145,12 @@ def test_losses_go_on_in_another_layout(
     common = "--hidden-dropout 0 --attention-dropout 0 --eval-iters 0 --make-vocab-size-divisible-by 64 "
     common += "--dist-ckpt-optim-fully-reshardable "
     et = [] if routing == "topk" else ["--moe-router-type", routing, "--moe-et-warmup-steps", "4"]
-    straight = pretrain(
+    straight = forked_pretrain(
         f"{common} {before[1]} --train-iters {END} --save {tmp_path} --save-interval 6",
         processes=before[0],
         et=et,
     )
-    changed = pretrain(
+    changed = forked_pretrain(
         f"{common} {after[1]} --train-iters {END} --load {tmp_path} --ckpt-step 6",
         processes=after[0],
         et=et,

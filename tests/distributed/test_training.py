@@ -28,6 +28,7 @@ from tests.distributed.runs import (
     assert_same_tensors,
     assert_thresholds_replay,
     checkpoint_tensors,
+    forked_pretrain,
     pretrain,
     router_counters,
 )
@@ -191,7 +192,7 @@ SAME = {
 @pytest.mark.parametrize("flags", SAME.values(), ids=SAME.keys())
 def test_same_numbers_another_way(base: tuple[Run, Path], flags: str, tmp_path: Path) -> None:
     straight, _ = base
-    run = pretrain(f"{EP2} --train-iters 6 {flags}", folder=tmp_path)
+    run = forked_pretrain(f"{EP2} --train-iters 6 {flags}", folder=tmp_path)
     assert run.trace == {step: straight.trace[step] for step in range(1, 7)}
     assert {s: run.loss[s] for s in range(1, 7)} == {s: straight.loss[s] for s in range(1, 7)}
 
@@ -206,7 +207,7 @@ REORDERED = {
 @pytest.mark.parametrize("flags", REORDERED.values(), ids=REORDERED.keys())
 def test_same_numbers_but_for_the_order_of_sums(base: tuple[Run, Path], flags: str, tmp_path: Path) -> None:
     straight, _ = base
-    run = pretrain(f"{EP2} --train-iters 6 {flags}", folder=tmp_path)
+    run = forked_pretrain(f"{EP2} --train-iters 6 {flags}", folder=tmp_path)
     for step in range(1, 7):
         assert float(run.loss[step]) == pytest.approx(float(straight.loss[step]), rel=1e-4)
         for layer, expected in straight.trace[step]["layers"].items():
@@ -219,12 +220,12 @@ PRECISIONS = {"bf16": "--bf16", "fp16": "--fp16 --initial-loss-scale 1024"}
 @pytest.mark.parametrize("flags", PRECISIONS.values(), ids=PRECISIONS.keys())
 def test_half_precision(flags: str, tmp_path: Path) -> None:
     """Through Float16Module; layouts in fp32 are test_layouts.py's."""
-    check_healthy(pretrain(f"{EP2} {flags} --train-iters {ITERATIONS}", folder=tmp_path))
+    check_healthy(forked_pretrain(f"{EP2} {flags} --train-iters {ITERATIONS}", folder=tmp_path))
 
 
 @pytest.mark.smoke
 def test_a_multi_token_prediction_head_has_thresholds_of_its_own(tmp_path: Path) -> None:
-    run = pretrain(f"{EP2} --train-iters 6 --mtp-num-layers 1", folder=tmp_path)
+    run = forked_pretrain(f"{EP2} --train-iters 6 --mtp-num-layers 1", folder=tmp_path)
     for step, record in run.trace.items():
         assert list(record["layers"]) == [*MOE_LAYERS, "5"]
         usage = record["layers"]["5"]["usage"]
@@ -233,7 +234,7 @@ def test_a_multi_token_prediction_head_has_thresholds_of_its_own(tmp_path: Path)
 
 def test_capacity_anneal_and_fanout_bounds(tmp_path: Path) -> None:
     flags = "--moe-et-capacity-factor 0.5 --moe-et-warmup-anneal-steps 3 --moe-et-max-fanout 3"
-    run = pretrain(f"{EP2} --train-iters {ITERATIONS} {flags}", folder=tmp_path)
+    run = forked_pretrain(f"{EP2} --train-iters {ITERATIONS} {flags}", folder=tmp_path)
     phases = [run.trace[step]["phase"] for step in range(1, ITERATIONS + 1)]
     assert phases == ["warmup"] * 4 + ["anneal"] * 3 + ["threshold"] * 3
     for record in run.trace.values():
@@ -243,7 +244,8 @@ def test_capacity_anneal_and_fanout_bounds(tmp_path: Path) -> None:
 
 
 def test_expert_choice_trains_on_target_and_evaluates_by_thresholds(tmp_path: Path) -> None:
-    run = pretrain(f"{EP2} --train-iters 6", folder=tmp_path, et=["--moe-router-type", "expert-choice"])
+    expert_choice = ["--moe-router-type", "expert-choice"]
+    run = forked_pretrain(f"{EP2} --train-iters 6", folder=tmp_path, et=expert_choice)
     for record in run.trace.values():
         for layer in record["layers"].values():
             assert layer["usage"] == [TARGET] * 8
@@ -267,8 +269,8 @@ def test_topk_is_plain_megatron_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.smoke
 def test_a_topk_checkpoint_explains_itself_and_starts_the_warmup(tmp_path: Path) -> None:
-    topk = pretrain(f"{EP2} --train-iters 6 --save {tmp_path}/topk", et=[])
-    et = pretrain(
+    topk = forked_pretrain(f"{EP2} --train-iters 6 --save {tmp_path}/topk", et=[])
+    et = forked_pretrain(
         f"{EP2} --train-iters {ITERATIONS} --load {tmp_path}/topk --save {tmp_path}/et", folder=tmp_path
     )
     assert et.output.count("holds no thresholds: they start fresh, and the warm-up of 4 global batches") == 1
@@ -278,10 +280,10 @@ def test_a_topk_checkpoint_explains_itself_and_starts_the_warmup(tmp_path: Path)
     assert float(et.loss[7]) < (float(topk.loss[1]) + float(topk.loss[6])) / 2
 
     # Loading it again is an ordinary resume, and top-k can take it back.
-    again = pretrain(f"{EP2} --train-iters 12 --load {tmp_path}/et", folder=tmp_path / "again")
+    again = forked_pretrain(f"{EP2} --train-iters 12 --load {tmp_path}/et", folder=tmp_path / "again")
     assert "holds no thresholds" not in again.output
     assert again.trace[11]["phase"] == "threshold"
-    back = pretrain(f"{EP2} --train-iters 12 --load {tmp_path}/et", et=[])
+    back = forked_pretrain(f"{EP2} --train-iters 12 --load {tmp_path}/et", et=[])
     assert float(back.loss[11]) < float(topk.loss[1])
 
 

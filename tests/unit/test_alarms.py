@@ -20,6 +20,8 @@ from megatron_et.alarms import CALM, PATIENCE, RULES, SWITCH, WINDOW, Alarm, Mon
 from megatron_et.report.trace import parse_record
 from tests.simulated import observations
 
+pytestmark = pytest.mark.megatron_free
+
 HERE = Path(__file__).parent
 
 

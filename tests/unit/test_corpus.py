@@ -12,6 +12,8 @@ import pytest
 
 from megatron_et.data.corpus import CorpusSummary, _read_code, build_corpus, is_held_out
 
+pytestmark = pytest.mark.megatron_free
+
 NAMES = ["code.train", "code.valid", "prose.train", "prose.valid"]
 LIMIT = 600_000
 

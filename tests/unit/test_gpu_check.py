@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.megatron_free
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

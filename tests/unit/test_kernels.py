@@ -14,6 +14,8 @@ import torch
 from megatron_et.config import ConfigError, ExpertThresholdConfig
 from megatron_et.kernels import Kernels, load_kernels
 
+pytestmark = pytest.mark.megatron_free
+
 ROOT = Path(__file__).parents[2]
 TRITON = ExpertThresholdConfig(router_type="expert-threshold", kernels="triton")
 

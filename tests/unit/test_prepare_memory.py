@@ -17,6 +17,8 @@ from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.data.workers import Options, encode
 from tests.unit.prepare_files import write_jsonl, write_parquet
 
+pytestmark = pytest.mark.megatron_free
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL, LARGE = 8, 32  # pieces
 MEASURE = """

@@ -18,6 +18,8 @@ from megatron_et.data.reading import PrepareError, check_inputs
 from megatron_et.data.records import records
 from tests.unit.prepare_files import pyarrow_or_skip, write_parquet, zstd
 
+pytestmark = pytest.mark.megatron_free
+
 LIMIT = 120
 BOM = b"\xef\xbb\xbf"
 

@@ -23,6 +23,8 @@ from megatron_et.data.reading import PrepareError
 from megatron_et.data.tokenizer import train_tokenizer
 from tests.unit.prepare_files import write_jsonl
 
+pytestmark = pytest.mark.megatron_free
+
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [f"document {i}: " + "some words of text, " * (i % 23) for i in range(400)]
 # Small pieces and a commit after each: a kill finds a run in all its states.

@@ -10,6 +10,8 @@ from megatron_et.data import sampling as module
 from megatron_et.data.sampling import sample_texts
 from tests.unit.prepare_files import write_jsonl, write_parquet
 
+pytestmark = pytest.mark.megatron_free
+
 
 @pytest.fixture(autouse=True)
 def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ from benchmarks.prepare_throughput import (
 )
 from megatron_et.data.dataset import DatasetSummary
 
+pytestmark = pytest.mark.megatron_free
+
 
 def rows() -> list[Row]:
     """Three rounds; Megatron makes 100, 200, 400 tokens/s, prepare three times as many."""

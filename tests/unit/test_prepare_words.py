@@ -19,6 +19,8 @@ from megatron_et.data.reading import PrepareError
 from megatron_et.data.words import WordCache, word_cache
 from tests.unit.prepare_files import byte_level_tokenizer
 
+pytestmark = pytest.mark.megatron_free
+
 CORPUS = [
     "def f(x):\n\treturn self.name[0:12] if x else None  # it's a 'test', really",
     "  Über die Grenze: straße, naïve café; Привет, мир! 你好世界 and the end.   ",

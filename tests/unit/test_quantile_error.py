@@ -21,6 +21,8 @@ from benchmarks.threshold_series import Lane, constant, drifting
 from megatron_et.quantile import Histogram, kth_largest
 from megatron_et.threshold import ThresholdEMA
 
+pytestmark = pytest.mark.megatron_free
+
 STREAMS = {
     "normal": NORMAL,
     "t3": Stream("t3"),

@@ -33,6 +33,8 @@ from megatron_et.report.table import columns
 from megatron_et.report.tags import ALARM_TEXT, VERSIONS_TEXT
 from megatron_et.report.trace import LayerTrace, read_traces
 
+pytestmark = pytest.mark.megatron_free
+
 ALL_PNGS = ["loss.png", "usage.png", "thresholds.png", "fanout.png", "no_expert.png"]
 T = 200
 

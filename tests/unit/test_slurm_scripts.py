@@ -13,6 +13,8 @@ import pytest
 
 from tests.linters import linter
 
+pytestmark = pytest.mark.megatron_free
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
 TRACKER = "latest_checkpointed_iteration.txt"

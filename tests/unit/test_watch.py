@@ -33,6 +33,8 @@ from megatron_et.watch.state import SCALARS, Watched
 from megatron_et.watch.tail import LineTail, RecordTail
 from tests.simulated import trace_lines
 
+pytestmark = pytest.mark.megatron_free
+
 LATER = time.monotonic() + 1e6
 
 

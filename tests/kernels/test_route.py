@@ -4,7 +4,6 @@
 """
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
 from megatron_et.kernels.routed import try_out
-from tests.kernels.cuda_on_cpu import OnCpu, compiler
+from tests.kernels.cuda_on_cpu import OnCpu
 from tests.kernels.route_cases import CUDA, NAMED, Case, check, check_every_sigmoid
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
@@ -47,15 +46,6 @@ def test_any_case(case: Case) -> None:
 
 def test_every_sigmoid() -> None:
     check_every_sigmoid("cpu")
-
-
-@pytest.fixture(scope="module")
-def cuda_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnCpu]:
-    """route.cu on the CPU."""
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield OnCpu(tmp_path_factory.mktemp("cuda"), monkeypatch)
 
 
 LEFT_TO_TRITON = {"not-multiple-of-8", "fan-out-bound", "normalized", "bf16", "not-contiguous", "no-token"}

@@ -1,7 +1,5 @@
 """select.cu on the CPU (cuda_on_cpu.py)."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,17 +7,8 @@ from hypothesis import strategies as st
 
 from megatron_et.kernels.select import kth_largest
 from megatron_et.quantile import capacity_bounds
-from tests.kernels.cuda_on_cpu import OnCpu, compiler
+from tests.kernels.cuda_on_cpu import OnCpu
 from tests.kernels.select_cases import CASES, LEFT_TO_TORCH, Case, check
-
-
-@pytest.fixture(scope="module")
-def cuda_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnCpu]:
-    """select.cu on the CPU."""
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        yield OnCpu(tmp_path_factory.mktemp("cuda"), monkeypatch)
 
 
 @pytest.mark.parametrize("name", CASES)

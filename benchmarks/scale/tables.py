@@ -118,6 +118,7 @@ def statistics_rows(hardware: Hardware) -> Iterator[Row]:
                 **{f"{name} ms": 1e3 * seconds for name, seconds in found.reduce_seconds.items()},
                 "boundary ms": 1e3 * found.boundary_seconds,
                 "once share": found.share(),
+                "share of the boundary": found.boundary_seconds / found.step_seconds,
                 **{f"share with {name}": found.share(name) for name in found.counting_seconds},
             }
             for name, value in values.items():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_et.host import seam, state
-from megatron_et.synchronize import finish_reduction, start_reduction
+from megatron_et.synchronize import abandon_reduction, start_reduction
 
 
 def install() -> None:
@@ -20,9 +20,9 @@ def install() -> None:
 
 def _finalize_model_grads(original: Callable[..., Any]) -> Callable[..., Any]:
     def finalize_model_grads(model: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        pending = start_reduction(state.routers(model))
-        result = original(model, *args, **kwargs)
-        finish_reduction(pending)
-        return result
+        # A forward-backward that is run again takes the place of the first.
+        abandon_reduction(state.take_pending(model))
+        state.set_pending(model, start_reduction(state.routers(model)))
+        return original(model, *args, **kwargs)
 
     return finalize_model_grads

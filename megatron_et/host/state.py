@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from megatron_et.router import ExpertThresholdRouter
-from megatron_et.synchronize import routers_of
+from megatron_et.synchronize import PendingReduction, routers_of
 
 _ROUTERS: weakref.WeakKeyDictionary[torch.nn.Module, list[ExpertThresholdRouter]] = (
     weakref.WeakKeyDictionary()
 )
+
+_PENDING: weakref.WeakKeyDictionary[torch.nn.Module, PendingReduction | None] = weakref.WeakKeyDictionary()
 
 
 def routers(model: Sequence[torch.nn.Module]) -> list[ExpertThresholdRouter]:
@@ -24,3 +26,13 @@ def routers(model: Sequence[torch.nn.Module]) -> list[ExpertThresholdRouter]:
 def trained_routers() -> list[ExpertThresholdRouter]:
     """Routers of every model seen by `routers` that is still alive; training_log is not given the model."""
     return [router for found in _ROUTERS.values() for router in found]
+
+
+def set_pending(model: Sequence[torch.nn.Module], pending: PendingReduction | None) -> None:
+    """Keep the reduction that this step has started until it is known whether the step counts."""
+    _PENDING[model[0]] = pending
+
+
+def take_pending(model: Sequence[torch.nn.Module]) -> PendingReduction | None:
+    """What `set_pending` has kept, once; None if nothing was reduced."""
+    return _PENDING.pop(model[0], None)

@@ -7,7 +7,14 @@ import torch
 
 from megatron_et.errors import HookNotCalledError
 from megatron_et.host import seam, state
-from megatron_et.synchronize import commit, discard, raise_if_nonfinite_locally
+from megatron_et.synchronize import (
+    PendingReduction,
+    abandon_reduction,
+    commit,
+    discard,
+    finish_reduction,
+    raise_if_nonfinite_locally,
+)
 
 
 def install() -> None:
@@ -30,18 +37,22 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
             raise_if_nonfinite_locally(routers)
             raise
         # The second item is skipped_iter; an exit without an optimizer step returns True there.
+        pending = state.take_pending(model)
         if result[1]:
+            abandon_reduction(pending)
             discard(routers)
         else:
-            _require_candidates(routers)
+            _require_reduction(routers, pending)
+            # Only now, so that the all-reduce has had the optimizer step to hide behind.
+            finish_reduction(pending)
             commit(routers)
         return result
 
     return train_step
 
 
-def _require_candidates(routers: Sequence[Any]) -> None:
-    if not all(router.thresholds.has_candidate for router in routers):
+def _require_reduction(routers: Sequence[Any], pending: PendingReduction | None) -> None:
+    if routers and pending is None:
         raise HookNotCalledError(
             "the thresholds' statistics were not reduced in this step: "
             "config.finalize_model_grads_func was set to a function that does not call "

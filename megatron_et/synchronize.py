@@ -1,8 +1,8 @@
 """The global-batch boundary: one reduction of the statistics of all layers, candidate thresholds, then commit
 or discard.
 
-    start_reduction(routers)  ->  finish_reduction(pending)  ->  commit(routers)
-                              or  abandon_reduction(pending) ->  discard(routers)
+    start_reduction(routers)  ->  finish_reduction(pending)  ->  commit(routers)  or  discard(routers)
+                              or  abandon_reduction(pending)  ->  discard(routers)
 
 The integer counts of all routers of this rank travel in one all-reduce over the `tp_dp_cp` group: EP lies
 inside DP, pipeline stages hold other layers, and under sequence parallelism every rank of the group holds
@@ -34,28 +34,6 @@ class PendingReduction:
     reals: torch.Tensor
     handles: Sequence["torch.distributed.Work"]
 
-    def kinds(self) -> Iterator[tuple[Sequence[ExpertThresholdRouter], torch.Tensor, torch.Tensor]]:
-        """The routers of each kind and their sums, integers [L, N] and reals [L, N]."""
-        first_integer = first_real = 0
-        for routers in _by_kind(self.routers):
-            integer_size, real_size = routers[0].statistics.sizes()
-            after_integers = first_integer + len(routers) * integer_size
-            after_reals = first_real + len(routers) * real_size
-            yield (
-                routers,
-                self.integers[first_integer:after_integers].view(len(routers), integer_size),
-                self.reals[first_real:after_reals].view(len(routers), real_size),
-            )
-            first_integer, first_real = after_integers, after_reals
-
-    def nonfinite(self) -> torch.Tensor:
-        """Numbers of non-finite logits of all routers [L]."""
-        counts = []
-        for routers, integers_LN, _ in self.kinds():
-            size = BatchCounts.size(routers[0].num_experts)
-            counts.append(BatchCounts.split(integers_LN[:, :size], routers[0].num_experts).nonfinite)
-        return torch.cat(counts).flatten()
-
 
 def routers_of(model_chunks: Iterable[torch.nn.Module] | torch.nn.Module) -> list[ExpertThresholdRouter]:
     """All Expert Threshold routers of a model (or of its pipeline chunks), each once, in module order."""
@@ -69,7 +47,7 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
     """Send the batch's statistics on their way and zero the accumulators; None when there is no router on
     this rank.
 
-    Asynchronous: it runs beside Megatron's gradient reduction and the optimizer step.
+    Asynchronous, so that it runs beside Megatron's gradient reduction and the optimizer step.
     """
     if not routers:
         return None
@@ -86,9 +64,7 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
             for tensor in (integers, reals)
             if tensor.numel() > 0
         ]
-    pending = PendingReduction(routers, integers, reals, handles)
-    _NONFINITE.send(pending)
-    return pending
+    return PendingReduction(routers, integers, reals, handles)
 
 
 @torch.no_grad()
@@ -98,12 +74,21 @@ def finish_reduction(pending: PendingReduction | None) -> None:
     if pending is None:
         return
     abandon_reduction(pending)
-    for routers, integers_LN, reals_LN in pending.kinds():
-        _propose(routers, integers_LN, reals_LN)
+    nonfinite, first_integer, first_real = [], 0, 0
+    for routers in _by_kind(pending.routers):
+        integer_size, real_size = routers[0].statistics.sizes()
+        after_integers = first_integer + len(routers) * integer_size
+        after_reals = first_real + len(routers) * real_size
+        integers_LN = pending.integers[first_integer:after_integers].view(len(routers), integer_size)
+        reals_LN = pending.reals[first_real:after_reals].view(len(routers), real_size)
+        nonfinite.append(_propose(routers, integers_LN, reals_LN))
+        first_integer, first_real = after_integers, after_reals
+    _NONFINITE.send(pending.routers, torch.cat(nonfinite))
 
 
 def abandon_reduction(pending: PendingReduction | None) -> None:
-    """Wait for the reduction and leave it at that: its step does not count. On a GPU its stream waits."""
+    """Wait for the reduction and leave it at that: its forward-backward does not count. On a GPU the current
+    stream waits, not the host."""
     for handle in () if pending is None else pending.handles:
         handle.wait()
 
@@ -115,8 +100,9 @@ def _by_kind(routers: Sequence[ExpertThresholdRouter]) -> list[list[ExpertThresh
 
 def _propose(
     routers: Sequence[ExpertThresholdRouter], integers_LN: torch.Tensor, reals_LN: torch.Tensor
-) -> None:
-    """Candidates and records of routers of one kind from their reduced statistics."""
+) -> torch.Tensor:
+    """Candidates and records of routers of one kind from their reduced statistics; returns the numbers of
+    non-finite logits [L]."""
     emas = [router.thresholds for router in routers]
     statistics, et = routers[0].statistics, routers[0].et_config
     now = threshold.stacked(emas)
@@ -135,6 +121,7 @@ def _propose(
             phase=router.et_config.phase(router.num_committed_batches),
             restarted=restarted_L1[layer],
         )
+    return counts.nonfinite.flatten()
 
 
 def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
@@ -153,7 +140,6 @@ def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
 def discard(routers: Sequence[ExpertThresholdRouter]) -> None:
     """Drop candidates, records and accumulators: the step was skipped, rerun or aborted and leaves no
     trace."""
-    _NONFINITE.drop()
     for router in routers:
         router.thresholds.discard()
         router.last_batch = None
@@ -221,47 +207,32 @@ def _raise_if_nonfinite(router: ExpertThresholdRouter, nonfinite: int) -> None:
 class _NonFiniteCounts:
     """Brings the counts of non-finite logits to the host without a synchronisation of its own.
 
-    The copy starts when the counts are known, on a stream of its own beside the optimizer step; it is read at
-    commit, where Megatron has already waited for the backward pass.
+    The copy starts when the counts are known; it is read at commit, after the optimizer step, where Megatron
+    has already waited for the device.
     """
 
     def __init__(self) -> None:
-        self._pending: PendingReduction | None = None
+        self._routers: Sequence[ExpertThresholdRouter] = ()
         self._host: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self._stream: torch.cuda.Stream | None = None
 
-    def send(self, pending: PendingReduction) -> None:
-        self._pending = pending
-        if not pending.integers.is_cuda:
-            return
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(pending.integers.device)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for handle in pending.handles:
-                handle.wait()
-            nonfinite_L = pending.nonfinite()
+    def send(self, routers: Sequence[ExpertThresholdRouter], nonfinite_L: torch.Tensor) -> None:
+        self._routers = routers
+        if nonfinite_L.is_cuda:
             self._host = torch.empty(nonfinite_L.shape, dtype=nonfinite_L.dtype, pin_memory=True)
             self._host.copy_(nonfinite_L, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        # It may be given up before the copy is done.
-        pending.integers.record_stream(self._stream)
-
-    def drop(self) -> None:
-        self._pending = None
+        else:
+            self._host, self._arrived = nonfinite_L, None
 
     def check(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._host is None:
             return
-        if self._host is None or self._arrived is None:
-            nonfinite_L = pending.nonfinite()
-        else:
+        if self._arrived is not None:
             self._arrived.synchronize()
-            nonfinite_L = self._host
-        for router, count in zip(pending.routers, nonfinite_L.tolist(), strict=True):
+        nonfinite, self._host = self._host.flatten().tolist(), None
+        for router, count in zip(self._routers, nonfinite, strict=True):
             _raise_if_nonfinite(router, count)
 
 

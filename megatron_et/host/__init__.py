@@ -8,6 +8,7 @@
 | layer.py | `moe_layer.MoEAlltoAllTokenDispatcher`, `...AllGather...` | dispatchers for any fan-out |
 | graphs.py | `TECudaGraphHelper.create_cudagraphs` | passes that warm up CUDA graphs are not counted |
 | grads.py | `finalize_model_grads` | reduce the batch's statistics beside the gradients |
+| step.py | `logical_and_across_model_parallel_group` | wait for the reduction behind the optimizer step |
 | step.py | `train_step` | commit or discard once the optimizer step is known to count |
 | logging.py | `training_log` | TensorBoard, W&B, console line, trace |
 | wheel.py | `compile_helpers` | runs from pip packages alone |

@@ -21,8 +21,8 @@ def install() -> None:
 def _finalize_model_grads(original: Callable[..., Any]) -> Callable[..., Any]:
     def finalize_model_grads(model: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
         # A forward-backward that is run again takes the place of the first.
-        abandon_reduction(state.take_pending(model))
-        state.set_pending(model, start_reduction(state.routers(model)))
+        abandon_reduction(state.take_pending())
+        state.set_pending(start_reduction(state.routers(model)))
         return original(model, *args, **kwargs)
 
     return finalize_model_grads

@@ -11,8 +11,7 @@ from megatron_et.synchronize import PendingReduction, routers_of
 _ROUTERS: weakref.WeakKeyDictionary[torch.nn.Module, list[ExpertThresholdRouter]] = (
     weakref.WeakKeyDictionary()
 )
-
-_PENDING: weakref.WeakKeyDictionary[torch.nn.Module, PendingReduction | None] = weakref.WeakKeyDictionary()
+_pending: PendingReduction | None = None
 
 
 def routers(model: Sequence[torch.nn.Module]) -> list[ExpertThresholdRouter]:
@@ -28,11 +27,14 @@ def trained_routers() -> list[ExpertThresholdRouter]:
     return [router for found in _ROUTERS.values() for router in found]
 
 
-def set_pending(model: Sequence[torch.nn.Module], pending: PendingReduction | None) -> None:
-    """Keep the reduction that this step has started until it is known whether the step counts."""
-    _PENDING[model[0]] = pending
+def set_pending(pending: PendingReduction | None) -> None:
+    """Keep the reduction that this step has started."""
+    global _pending
+    _pending = pending
 
 
-def take_pending(model: Sequence[torch.nn.Module]) -> PendingReduction | None:
-    """What `set_pending` has kept, once; None if nothing was reduced."""
-    return _PENDING.pop(model[0], None)
+def take_pending() -> PendingReduction | None:
+    """What `set_pending` has kept, once; None if nothing was."""
+    global _pending
+    pending, _pending = _pending, None
+    return pending

@@ -1,4 +1,9 @@
-"""Seam: train_step, the first place that knows whether the optimizer step counted."""
+"""Seam: train_step, the first place that knows whether the optimizer step counted.
+
+The reduction that grads.py has started is waited for when the optimizer step has been enqueued, so that it
+runs beside it, and before Megatron asks all ranks for its success: there the host waits for the GPU, which
+would have nothing to do while the host enqueues ours.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +13,6 @@ import torch
 from megatron_et.errors import HookNotCalledError
 from megatron_et.host import seam, state
 from megatron_et.synchronize import (
-    PendingReduction,
     abandon_reduction,
     commit,
     discard,
@@ -20,6 +24,9 @@ from megatron_et.synchronize import (
 def install() -> None:
     """Bind the seam."""
     seam.wrap("megatron.training.training", "train_step", _train_step)
+    agree = "logical_and_across_model_parallel_group"
+    original = seam.find("megatron.training.training", agree)
+    seam.replace("megatron.training.training", agree, _agree_on_success(original))
 
 
 def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,28 +38,34 @@ def _train_step(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         routers = state.routers(model)
+        abandon_reduction(state.take_pending())  # of a step that failed
         try:
             result = original(forward_step_func, data_iterator, model, *args, **kwargs)
         except Exception:
             raise_if_nonfinite_locally(routers)
             raise
         # The second item is skipped_iter; an exit without an optimizer step returns True there.
-        pending = state.take_pending(model)
         if result[1]:
-            abandon_reduction(pending)
+            abandon_reduction(state.take_pending())  # of a step that was left before the optimizer
             discard(routers)
         else:
-            _require_reduction(routers, pending)
-            # Only now, so that the all-reduce has had the optimizer step to hide behind.
-            finish_reduction(pending)
+            _require_candidates(routers)
             commit(routers)
         return result
 
     return train_step
 
 
-def _require_reduction(routers: Sequence[Any], pending: PendingReduction | None) -> None:
-    if routers and pending is None:
+def _agree_on_success(original: Callable[..., Any]) -> Callable[..., Any]:
+    def logical_and_across_model_parallel_group(*args: Any, **kwargs: Any) -> Any:
+        finish_reduction(state.take_pending())
+        return original(*args, **kwargs)
+
+    return logical_and_across_model_parallel_group
+
+
+def _require_candidates(routers: Sequence[Any]) -> None:
+    if not all(router.thresholds.has_candidate for router in routers):
         raise HookNotCalledError(
             "the thresholds' statistics were not reduced in this step: "
             "config.finalize_model_grads_func was set to a function that does not call "

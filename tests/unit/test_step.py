@@ -31,6 +31,7 @@ class Step:
         self.model = [torch.nn.ModuleList(self.routers)]
         self._finalize = grads._finalize_model_grads(lambda _: self.events.append("gradients"))
         self._train_step = step._train_step(self._original)
+        self._agree = step._agree_on_success(self._waits_for_the_gpu)
 
     def _all_reduce(self, tensor: torch.Tensor, *, group: Any, async_op: bool) -> Any:  # noqa: ARG002
         assert async_op
@@ -50,21 +51,27 @@ class Step:
             one.routing(logits.clone().requires_grad_())
         self._finalize(self.model)
 
-    def _original(self, forward_step: Any, *_: Any) -> tuple[dict[str, float], int]:
-        skipped = forward_step(self)
+    def _waits_for_the_gpu(self, successful: bool) -> bool:
+        self.events.append("agree")
+        return successful
+
+    def _original(self, forward_backward: Any, *_: Any) -> tuple[dict[str, float], bool]:
+        if not (optimizes := forward_backward()):
+            return {}, True
         self.events.append("optimizer")
-        return {}, skipped
+        return {}, not self._agree(optimizes == "counts")
 
-    def __call__(self, *passes: torch.Tensor, skipped: int = 0) -> list[str]:
-        """Run it with so many forward-backward passes, of which the last counts."""
+    def __call__(self, *passes: torch.Tensor, then: str = "counts") -> list[str]:
+        """Run it with so many forward-backward passes, of which the last counts; then it counts, is skipped,
+        or is left ("")."""
 
-        def forward_step(step: "Step") -> int:
+        def forward_backward() -> str:
             for logits in passes:
-                step.forward_backward(logits)
-            return skipped
+                self.forward_backward(logits)
+            return then
 
         self.events.clear()
-        self._train_step(forward_step, None, self.model)
+        self._train_step(forward_backward, None, self.model)
         return self.events
 
     @property
@@ -86,7 +93,8 @@ def expected(step: Step, logits: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_reduction_has_the_optimizer_step_to_hide_behind(step: Step) -> None:
-    assert step(drawn(0)) == ["reduce", "gradients", "optimizer", "wait"]
+    """And the host enqueues what comes of it before it waits for the GPU."""
+    assert step(drawn(0)) == ["reduce", "gradients", "optimizer", "wait", "agree"]
     for thresholds in step.thresholds:
         torch.testing.assert_close(thresholds, expected(step, drawn(0)), rtol=0.1, atol=0.1)
     for one in step.routers:
@@ -94,10 +102,17 @@ def test_the_reduction_has_the_optimizer_step_to_hide_behind(step: Step) -> None
         assert one.last_batch.counts.tokens.tolist() == [2 * TOKENS]
 
 
-def test_a_skipped_step_waits_and_leaves_no_trace(step: Step) -> None:
+SKIPPED = ["reduce", "gradients", "optimizer", "wait", "agree"]
+LEFT = ["reduce", "gradients", "wait"]
+
+
+@pytest.mark.parametrize(("then", "events"), [("skipped", SKIPPED), ("", LEFT)], ids=["skipped", "left"])
+def test_a_step_that_does_not_count_waits_and_leaves_no_trace(
+    then: str, events: list[str], step: Step
+) -> None:
     step(drawn(0))
     before = [thresholds.clone() for thresholds in step.thresholds]
-    assert step(drawn(1) + 5.0, skipped=1) == ["reduce", "gradients", "optimizer", "wait"]
+    assert step(drawn(1) + 5.0, then=then) == events
     for one, thresholds, old in zip(step.routers, step.thresholds, before, strict=True):
         assert torch.equal(thresholds, old)
         assert one.num_committed_batches == 1
@@ -109,7 +124,7 @@ def test_a_skipped_step_waits_and_leaves_no_trace(step: Step) -> None:
 
 def test_a_pass_that_is_run_again_counts_once(step: Step) -> None:
     events = step(drawn(0) + 9.0, drawn(1))
-    assert events == ["reduce", "gradients", "wait", "reduce", "gradients", "optimizer", "wait"]
+    assert events == ["reduce", "gradients", "wait", "reduce", "gradients", "optimizer", "wait", "agree"]
     for one, thresholds in zip(step.routers, step.thresholds, strict=True):
         torch.testing.assert_close(thresholds, expected(step, drawn(1)), rtol=0.1, atol=0.1)
         assert one.last_batch.counts.tokens.tolist() == [2 * TOKENS]
@@ -135,6 +150,22 @@ def test_nonfinite_logits_stop_the_step_and_leave_the_thresholds(step: Step) -> 
 
 def test_nonfinite_logits_of_a_skipped_step_are_forgotten(step: Step) -> None:
     """An overflow in fp16 is what loss scaling is for."""
-    step(torch.full((TOKENS, 8), torch.inf), skipped=1)
+    step(torch.full((TOKENS, 8), torch.inf), then="skipped")
     step(drawn(0))
     assert all(one.num_committed_batches == 1 for one in step.routers)
+
+
+def test_a_step_that_failed_leaves_nothing_to_the_next(step: Step) -> None:
+    class Failure(Exception):
+        pass
+
+    def fails() -> str:
+        step.forward_backward(drawn(0) + 9.0)
+        raise Failure
+
+    with pytest.raises(Failure):
+        step._train_step(fails, None, step.model)
+    step.events.clear()
+    assert step(drawn(1))[:2] == ["wait", "reduce"]
+    for one in step.routers:
+        assert one.last_batch.counts.tokens.tolist() == [2 * TOKENS]

@@ -7,6 +7,7 @@ needs `launch.torchrun` itself.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -84,8 +85,9 @@ class Server:
         deadline = time.monotonic() + timeout + 120
         while not all(path.is_file() for path in statuses):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                log = self._log.read_text(errors="replace")
-                pytest.fail(f"{words} on {self._nproc} ranks: no answer; their log ends:\n{log[-TAIL:]}")
+                logs = [self._log, *sorted(folder.rglob("*.log"))]
+                log = "\n".join(path.read_text(errors="replace") for path in logs)
+                pytest.fail(f"{words} on {self._nproc} ranks: no answer; their logs end:\n{log[-TAIL:]}")
             time.sleep(POLL)
         said = "\n".join(path.read_text(errors="replace") for path in outputs)
         ended = [int(path.read_text()) for path in statuses]
@@ -106,7 +108,7 @@ def serve(folder: Path, owner: int) -> None:
 
     cpu.install()
     for name in PRELOADED:
-        if importlib.util.find_spec(name.rpartition(".")[0]) is not None:
+        with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     number, rank = 0, os.environ["RANK"]
     while _alive(owner):

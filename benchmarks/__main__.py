@@ -107,6 +107,9 @@ def main() -> None:
     commands.add_parser("table", help="write the README's table, and every result file's own and its picture")
     args = parser.parse_args()
     if args.command == "compare":
+        for path in (args.old, args.new):
+            if not path.is_file():
+                parser.error(f"{path} is no file: results are benchmarks/results/LEVEL_DEVICE.csv")
         print(compare.text(compare.changes(read(args.old), read(args.new))))
     elif args.command == "table":
         for level, of_device in itertools.product(LEVELS, tables.DEVICES):

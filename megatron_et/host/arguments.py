@@ -2,12 +2,13 @@
 compatibility.py."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
-from megatron_et import compatibility
+from megatron_et import compatibility, cpu
 from megatron_et.compatibility import Refusal
 from megatron_et.config import (
     ConfigError,
@@ -85,9 +86,17 @@ def settle(args: argparse.Namespace, explicit: set[str]) -> tuple[ExpertThreshol
             )
         return et, []
     changed = compatibility.check(args, et, explicit)
+    if et.kernels != "torch" and cpu.requested() and not _interprets_triton():
+        raise ConfigError(
+            f"{flag_of('kernels')} {et.kernels} needs a GPU, and {cpu.ENV} asks for a CPU: leave it out"
+        )
     et = bounded(et, args)
     args.moe_et_max_fanout = et.max_fanout
     return et, changed
+
+
+def _interprets_triton() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConfig:

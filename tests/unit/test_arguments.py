@@ -220,6 +220,23 @@ def test_topk_leaves_the_arguments_untouched_and_says_nothing(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_kernels_on_a_cpu_are_refused(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model is built; not where Triton interprets, nor where a GPU may come."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    line = f"{MOE} {ET} --moe-et-kernels {kernels}"
+    monkeypatch.setenv("MEGATRON_ET_CPU", "1")
+    with pytest.raises(
+        ConfigError, match=f"--moe-et-kernels {kernels} needs a GPU, and MEGATRON_ET_CPU asks for a CPU"
+    ):
+        prepared(line)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert prepared(line)[1].kernels == kernels
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("MEGATRON_ET_CPU")
+    assert prepared(line)[1].kernels == kernels
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

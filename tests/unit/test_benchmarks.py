@@ -238,6 +238,20 @@ def test_a_level_runs(level: str, tmp_path: Path) -> None:
     assert (tmp_path / f"{level}_cpu.png").stat().st_size > 1000
 
 
+def test_comparing_a_file_that_is_not_there_is_an_error() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "compare",
+        "benchmarks/results/router_cpu.csv",
+        "no/such.csv",
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "no/such.csv is no file" in run.stderr
+
+
 def test_kernel_times_need_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from benchmarks import kernel_times
 
@@ -253,10 +267,12 @@ def test_the_page_of_kernel_times_selects_three_ways(monkeypatch: pytest.MonkeyP
     from benchmarks import kernel_times
 
     watched: list[list[torch.Tensor]] = []
-    cpu = {name: getattr(torch, name) for name in ("randn", "full")}
-    for name, original in cpu.items():
-        monkeypatch.setattr(torch, name, lambda *a, o=original, **_: o(*a))
-    monkeypatch.setattr(torch, "Generator", lambda _: SimpleNamespace(manual_seed=lambda _: None))
+    on_cpu = SimpleNamespace(
+        randn=lambda *shape, **_: torch.randn(*shape),
+        full=lambda shape, value, **_: torch.full(shape, value),
+        Generator=lambda _: SimpleNamespace(manual_seed=lambda _: None),
+    )
+    monkeypatch.setattr(kernel_times, "torch", on_cpu)
     monkeypatch.setattr(kernel_times, "Stopwatch", lambda _: lambda way: watched.append(way()) or 1.0)
     monkeypatch.setattr("megatron_et.kernels.native.reads", lambda _: False)
     times = {"topk": 0.3, "sort": 0.2, "cuda": 0.05}

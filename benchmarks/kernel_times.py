@@ -68,6 +68,11 @@ class Passes:
         return 1e6 * taken / HOST_CALLS
 
 
+def medians[Name](turns: dict[Name, Callable[[], float]]) -> dict[Name, float]:
+    """Of samples taken in turns, us."""
+    return {name: 1e3 * sorted(values)[len(values) // 2] for name, values in in_turns(turns).items()}
+
+
 def rows(tokens: int, experts: int, topk: int) -> Iterator[str]:
     """Lines of the table for one shape."""
     watch = Stopwatch("cuda")
@@ -86,7 +91,7 @@ def rows(tokens: int, experts: int, topk: int) -> Iterator[str]:
     for setting in settings:
         for part in ("forward", "both"):
             turns[setting, part] = timed(lambda s=setting, p=part: passes.run(*s, p == "both"))
-    taken = {name: 1e3 * sorted(values)[len(values) // 2] for name, values in in_turns(turns).items()}
+    taken = medians(turns)
     shape = f"T{tokens} E{experts}"
     yield f"| {shape} | copy | {taken['copy', 'forward']:.1f} | {taken['copy', 'both']:.1f} | 1.00 | - |"
     for setting in settings:
@@ -114,7 +119,7 @@ def selection_row(tokens: int, experts: int, topk: int) -> str:
         "cuda": lambda: kth_largest(logits, ks),
     }
     turns = {name: (lambda way=way: watch(way)) for name, way in ways.items()}
-    taken = {name: 1e3 * sorted(values)[len(values) // 2] for name, values in in_turns(turns).items()}
+    taken = medians(turns)
     return f"| T{tokens} E{experts} | " + " | ".join(f"{taken[name]:.1f}" for name in ways) + " |"
 
 

@@ -34,6 +34,11 @@ class PendingReduction:
     reals: torch.Tensor
     handles: Sequence["torch.distributed.Work"]
 
+    def wait(self) -> None:
+        """Until it is done. On a GPU the current stream waits, not the host."""
+        for handle in self.handles:
+            handle.wait()
+
 
 def routers_of(model_chunks: Iterable[torch.nn.Module] | torch.nn.Module) -> list[ExpertThresholdRouter]:
     """All Expert Threshold routers of a model (or of its pipeline chunks), each once, in module order."""
@@ -73,7 +78,7 @@ def finish_reduction(pending: PendingReduction | None) -> None:
     `commit`."""
     if pending is None:
         return
-    abandon_reduction(pending)
+    pending.wait()
     nonfinite, first_integer, first_real = [], 0, 0
     for routers in _by_kind(pending.routers):
         integer_size, real_size = routers[0].statistics.sizes()
@@ -87,10 +92,9 @@ def finish_reduction(pending: PendingReduction | None) -> None:
 
 
 def abandon_reduction(pending: PendingReduction | None) -> None:
-    """Wait for the reduction and leave it at that: its forward-backward does not count. On a GPU the current
-    stream waits, not the host."""
-    for handle in () if pending is None else pending.handles:
-        handle.wait()
+    """Wait for the reduction and leave it at that: its forward-backward does not count."""
+    if pending is not None:
+        pending.wait()
 
 
 def _by_kind(routers: Sequence[ExpertThresholdRouter]) -> list[list[ExpertThresholdRouter]]:

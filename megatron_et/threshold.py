@@ -5,7 +5,7 @@ Dimension letters: E experts, L layers.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -129,14 +129,19 @@ type Stacked = Mapping[str, torch.Tensor]
 
 def stacked(emas: Sequence[ThresholdEMA]) -> Stacked:
     """A copy of the buffers of several layers; those of one dtype and size take one operation."""
-    alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
-    for name, buffer in emas[0].named_buffers():
-        alike.setdefault((buffer.dtype, buffer.shape), []).append(name)
     copies: dict[str, torch.Tensor] = {}
-    for names in alike.values():
+    for names in _alike(emas[0], lambda buffer: (buffer.dtype, buffer.shape)):
         together = torch.stack([ema.get_buffer(name) for name in names for ema in emas])
         copies |= zip(names, together.split(len(emas)), strict=True)
     return copies
+
+
+def _alike(ema: ThresholdEMA, by: Callable[[torch.Tensor], Hashable]) -> Iterable[list[str]]:
+    """Names of the buffers that one operation can take together."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, buffer in ema.named_buffers():
+        groups.setdefault(by(buffer), []).append(name)
+    return groups.values()
 
 
 @torch.no_grad()
@@ -195,10 +200,7 @@ def commit_all(emas: Sequence[ThresholdEMA]) -> None:
         if ema._candidate is None:
             raise RuntimeError("commit() without a candidate: call propose() with the batch's cutoffs first")
         candidates.append(ema._candidate)
-    alike: dict[torch.dtype, list[str]] = {}
-    for name, buffer in emas[0].named_buffers():
-        alike.setdefault(buffer.dtype, []).append(name)
-    for names in alike.values():
+    for names in _alike(emas[0], lambda buffer: buffer.dtype):
         # In place: checkpoint code, CUDA graphs and users hold on to the buffers.
         torch._foreach_copy_(
             [ema.get_buffer(name) for name in names for ema in emas],

@@ -5,7 +5,7 @@ method is the same thing at every level.
 """
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -68,6 +68,22 @@ _BIAS = _topk(
     moe_router_bias_update_rate=1e-3,
 )
 
+_ET = Method("et", _topk("none"), "this package, after the warm-up", et=_et("expert-threshold"))
+_CAPACITY = Method(
+    "et-capacity",
+    _topk("none"),
+    "this package with the paper's capacity C = 0.5",
+    et=_et("expert-threshold", capacity_factor=0.5),
+)
+_EC = Method("ec", _topk("none"), "this package, warm-up routing", et=_et("expert-choice"))
+
+
+def _with_kernels(method: Method, kernels: str, source: str) -> Method:
+    assert method.et is not None
+    et = method.et | {"kernels": kernels}
+    return replace(method, name=f"{method.name}-{kernels}", source=source, et=et, needs=("gpu",))
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -89,41 +105,12 @@ METHODS = {
             _topk("quantile_balancing", moe_aux_loss_coeff=0.0),
             "Megatron-Core 0.19 and later, its defaults",
         ),
-        Method("et", _topk("none"), "this package, after the warm-up", et=_et("expert-threshold")),
-        Method(
-            "et-triton",
-            _topk("none"),
-            "this package, Triton kernels",
-            et=_et("expert-threshold", kernels="triton"),
-            needs=("gpu",),
-        ),
-        Method(
-            "et-cuda",
-            _topk("none"),
-            "this package, CUDA kernel",
-            et=_et("expert-threshold", kernels="cuda"),
-            needs=("gpu",),
-        ),
-        Method(
-            "et-capacity",
-            _topk("none"),
-            "this package with the paper's capacity C = 0.5",
-            et=_et("expert-threshold", capacity_factor=0.5),
-        ),
-        Method(
-            "et-capacity-cuda",
-            _topk("none"),
-            "the same, CUDA kernels",
-            et=_et("expert-threshold", capacity_factor=0.5, kernels="cuda"),
-            needs=("gpu",),
-        ),
-        Method("ec", _topk("none"), "this package, warm-up routing", et=_et("expert-choice")),
-        Method(
-            "ec-cuda",
-            _topk("none"),
-            "the same, CUDA kernels",
-            et=_et("expert-choice", kernels="cuda"),
-            needs=("gpu",),
-        ),
+        _ET,
+        _with_kernels(_ET, "triton", "this package, Triton kernels"),
+        _with_kernels(_ET, "cuda", "this package, CUDA kernel"),
+        _CAPACITY,
+        _with_kernels(_CAPACITY, "cuda", "the same, CUDA kernels"),
+        _EC,
+        _with_kernels(_EC, "cuda", "the same, CUDA kernels"),
     )
 }

@@ -86,17 +86,13 @@ def settle(args: argparse.Namespace, explicit: set[str]) -> tuple[ExpertThreshol
             )
         return et, []
     changed = compatibility.check(args, et, explicit)
-    if et.kernels != "torch" and cpu.requested() and not _interprets_triton():
+    if et.kernels != "torch" and cpu.requested() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             f"{flag_of('kernels')} {et.kernels} needs a GPU, and {cpu.ENV} asks for a CPU: leave it out"
         )
     et = bounded(et, args)
     args.moe_et_max_fanout = et.max_fanout
     return et, changed
-
-
-def _interprets_triton() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def prepare(args: argparse.Namespace, explicit: set[str]) -> ExpertThresholdConfig:

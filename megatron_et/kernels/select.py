@@ -40,14 +40,10 @@ def kth_largest(
     on_host = [0 if isinstance(k, torch.Tensor) else min(max(k, 0), MOST) for k in ks]
     missing = QUERIES - len(ks)
     tensors = (logits_TE, padding, *on_device, *[None] * missing, *found, histogram, arrived, cutoffs_QE)
+    pointers = [nvrtc.pointer(tensor) for tensor in tensors]
     for bits, shift in LAUNCHES:
-        nvrtc.launch(
-            kernel(),
-            (groups, -(-num_tokens // rows)),
-            [nvrtc.pointer(tensor) for tensor in tensors],
-            [num_tokens, num_experts, rows, len(ks), bits, shift, *on_host, *[0] * missing],
-            device,
-        )
+        numbers = [num_tokens, num_experts, rows, len(ks), bits, shift, *on_host, *[0] * missing]
+        nvrtc.launch(kernel(), (groups, -(-num_tokens // rows)), pointers, numbers, device)
     return list(cutoffs_QE[: len(ks)].unbind(0))
 
 

@@ -30,7 +30,7 @@ def device() -> str:
     """What is measured: cpu where the CPU backend was asked for, else cuda."""
     import torch
 
-    from megatron_et import cpu
+    from megatron_et.run import cpu
 
     if cpu.requested():
         return "cpu"

@@ -35,8 +35,8 @@ class Passes:
     """The kernels on normal logits of one shape."""
 
     def __init__(self, tokens: int, experts: int, topk: int) -> None:
-        from megatron_et.statistics import RouterStatistics
-        from megatron_et.threshold import ThresholdEMA
+        from megatron_et.rule.statistics import RouterStatistics
+        from megatron_et.rule.threshold import ThresholdEMA
 
         generator = torch.Generator("cuda").manual_seed(0)
         drawn = torch.randn(2, tokens, experts, device="cuda", generator=generator)
@@ -49,7 +49,7 @@ class Passes:
 
     def run(self, kernels: str, counted: bool, backward: bool) -> None:
         """Route once."""
-        from megatron_et.kernels.routed import expert_threshold
+        from megatron_et.rule.kernels.routed import expert_threshold
 
         counters = self.statistics.counters(self.ema) if counted else None
         gates, _ = expert_threshold(self.logits, self.ema.value, counters=counters, cuda=kernels == "cuda")
@@ -105,8 +105,8 @@ def rows(tokens: int, experts: int, topk: int) -> Iterator[str]:
 
 def selection_row(tokens: int, experts: int, topk: int) -> str:
     """A line of the second table: both bounds of a capacity of a half, three ways."""
-    from megatron_et.kernels.select import kth_largest
-    from megatron_et.quantile import kth_largest_of_several
+    from megatron_et.rule.kernels.select import kth_largest
+    from megatron_et.rule.quantile import kth_largest_of_several
 
     watch = Stopwatch("cuda")
     logits = torch.randn(tokens, experts, device="cuda", generator=torch.Generator("cuda").manual_seed(0))

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from benchmarks.streams import NORMAL, Stream, histogram_cutoff, normal_tail, order_tails, part_mean
-from megatron_et.estimator import HistogramQuantile, KthLargestMean
-from megatron_et.quantile import kth_largest
+from megatron_et.rule.estimator import HistogramQuantile, KthLargestMean
+from megatron_et.rule.quantile import kth_largest
 
 ESTIMATORS = ("exact", "histogram", "kth-largest", "megatron-average")
 CHUNK = 1 << 22

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_et.quantile import Histogram
+from megatron_et.rule.quantile import Histogram
 
 MINORITY, MINORITY_DISTANCE = 1 / 12, 6.0
 """The bimodal shape: this share of the tokens lies this many sd of the majority above it."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.streams import NORMAL, Stream, histogram_cutoff, order_tails, part_mean
-from megatron_et.threshold import ThresholdEMA
+from megatron_et.rule.threshold import ThresholdEMA
 
 CHUNK = 256
 EXPERTS = 32

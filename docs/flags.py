@@ -3,9 +3,9 @@
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_et.compatibility import NEEDED, POOL_IN_GRAPH, REFUSALS
 from megatron_et.config import ExpertThresholdConfig, choices, flag_of, scalar_type
 from megatron_et.host.arguments import YAML
+from megatron_et.moe.compatibility import NEEDED, POOL_IN_GRAPH, REFUSALS
 
 
 def text() -> str:

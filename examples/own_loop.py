@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import megatron_et
-from megatron_et import ExpertThresholdConfig, cpu
+from megatron_et import ExpertThresholdConfig
+from megatron_et.run import cpu
 
 if cpu.requested():
     cpu.install()  # MEGATRON_ET_CPU=1: before megatron is imported
@@ -42,8 +43,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_et.metrics import LayerBatch, overall, pack
-from megatron_et.synchronize import routers_of
+from megatron_et.moe.synchronize import routers_of
+from megatron_et.observe.metrics import LayerBatch, overall, pack
 
 VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 64, 64, 4, 2
 OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}

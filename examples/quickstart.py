@@ -31,7 +31,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from megatron_et.data.corpus import build_corpus
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.tokenizer import train_tokenizer
-from megatron_et.report.command import make_report, print_report
+from megatron_et.observe.report.command import make_report, print_report
 
 console = Console()
 DOMAINS = ("code", "prose")

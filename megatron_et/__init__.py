@@ -10,15 +10,15 @@ from megatron_et.config import ExpertThresholdConfig
 
 if TYPE_CHECKING:
     from megatron_et.host import install
-    from megatron_et.router import ExpertThresholdRouter
-    from megatron_et.synchronize import finalize_thresholds
+    from megatron_et.moe.router import ExpertThresholdRouter
+    from megatron_et.moe.synchronize import finalize_thresholds
 
 __version__ = "0.1.0"
 __all__ = ["ExpertThresholdConfig", "ExpertThresholdRouter", "finalize_thresholds", "install"]
 
 _LAZY = {
-    "ExpertThresholdRouter": "megatron_et.router",
-    "finalize_thresholds": "megatron_et.synchronize",
+    "ExpertThresholdRouter": "megatron_et.moe.router",
+    "finalize_thresholds": "megatron_et.moe.synchronize",
     "install": "megatron_et.host",
 }
 

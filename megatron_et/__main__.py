@@ -23,7 +23,7 @@ def main() -> None:
     # As `python SCRIPT` does: the script's neighbours (gpt_builders.py, model_provider.py) are importable.
     sys.path.insert(0, str(script.resolve().parent))
 
-    from megatron_et.launch import prepare_process
+    from megatron_et.run.launch import prepare_process
 
     prepare_process()
     runpy.run_path(str(script), run_name="__main__")

@@ -13,8 +13,11 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("megatron_et.check.command", "versions, seams, refused flags and cost of a training command"),
     "prepare": ("megatron_et.data.prepare", "tokenizer and Megatron datasets from text, JSONL or Parquet"),
-    "report": ("megatron_et.report.command", "tables, plots, alarms of a run: terminal, PNG, one HTML page"),
-    "watch": ("megatron_et.watch.command", "live terminal view of a run, with its alarms"),
+    "report": (
+        "megatron_et.observe.report.command",
+        "tables, plots, alarms of a run: terminal, PNGs, HTML",
+    ),
+    "watch": ("megatron_et.observe.watch.command", "live terminal view of a run, with its alarms"),
 }
 
 # Whose words are another program's: argparse would take its --help, its abbreviations and its `--` for ours.

@@ -10,11 +10,11 @@ Teams with a Megatron-LM checkout run their own script instead: `python -m megat
 
 def main() -> None:
     """Install the plug-in, then pretrain."""
-    from megatron_et.launch import prepare_process
+    from megatron_et.run.launch import prepare_process
 
     prepare_process()
     # Only now: it imports Megatron, which the CPU backend must come before.
-    from megatron_et.gpt import pretrain_gpt
+    from megatron_et.run.gpt import pretrain_gpt
 
     pretrain_gpt()
 

@@ -7,7 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 
 if __name__ == "__main__":
     cpu.install()

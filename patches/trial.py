@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.small_gpt import SMALL_GPT
-from megatron_et import cpu
+from megatron_et.run import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"

@@ -16,7 +16,7 @@ def router(graph: bool, megatron: dict[str, Any] | None = None, **et: Any) -> An
     """A router in training, as Megatron's TransformerConfig asks for it."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_et.router import ExpertThresholdRouter
+    from megatron_et.moe.router import ExpertThresholdRouter
 
     settings: dict[str, Any] = {
         "num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "num_moe_experts": EXPERTS,

@@ -31,7 +31,7 @@ POLL = 0.03
 PRELOADED = (
     "megatron.core.models.gpt.moe_module_specs",
     "megatron.training.training",
-    "megatron_et.gpt",
+    "megatron_et.run.gpt",
     "torch.utils.tensorboard",
 )
 """What is there of these; 0.16 ships no megatron.training."""
@@ -104,7 +104,7 @@ class Server:
 
 def serve(folder: Path, owner: int) -> None:
     """In a rank: import, then fork for every run until the owner's process is gone."""
-    from megatron_et import cpu
+    from megatron_et.run import cpu
 
     cpu.install()
     for name in PRELOADED:

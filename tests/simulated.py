@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from megatron_et.alarms import Observation
 from megatron_et.config import ExpertThresholdConfig
-from megatron_et.metrics import LayerBatch, pack
-from megatron_et.quantile import capacity_bounds, expected_load
-from megatron_et.report.trace import parse_record
-from megatron_et.routing import expert_threshold
-from megatron_et.statistics import BatchRecord, RouterStatistics
-from megatron_et.threshold import ThresholdEMA
+from megatron_et.observe.alarms import Observation
+from megatron_et.observe.metrics import LayerBatch, pack
+from megatron_et.observe.report.trace import parse_record
+from megatron_et.rule.quantile import capacity_bounds, expected_load
+from megatron_et.rule.routing import expert_threshold
+from megatron_et.rule.statistics import BatchRecord, RouterStatistics
+from megatron_et.rule.threshold import ThresholdEMA
 
 Move = Callable[[int, torch.Tensor], torch.Tensor]
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_et.check.sizes import RouterBytes, router_bytes
-from megatron_et.quantile import Histogram
-from megatron_et.routing import expert_threshold
+from megatron_et.rule.quantile import Histogram
+from megatron_et.rule.routing import expert_threshold
 
 EXPERTS, LAYERS, TOKENS = 64, 4, 512
 BINS = Histogram(1).bins
@@ -104,7 +104,7 @@ def traffic(work: Callable[[], Any]) -> Traffic:
 def measure() -> Costs:
     """Run the boundary and a micro-batch of real routers."""
     with mock.patch.object(torch.cuda, "current_device", return_value="cpu"):
-        from megatron_et.synchronize import commit, finish_reduction, start_reduction
+        from megatron_et.moe.synchronize import commit, finish_reduction, start_reduction
         from tests.captured import router
 
         routers = [router(False, megatron={"num_moe_experts": EXPERTS}) for _ in range(LAYERS)]

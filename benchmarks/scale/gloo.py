@@ -41,7 +41,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def statistics_seconds(layers: int, experts: int) -> dict[str, float]:
     """From the start of the reduction to its end, with the group and alone, and the bytes of the vector."""
-    from megatron_et.synchronize import start_reduction
+    from megatron_et.moe.synchronize import start_reduction
     from tests.captured import router
 
     routers = [router(False, megatron={"num_moe_experts": experts}) for _ in range(layers)]

@@ -20,13 +20,13 @@ FOLDER = "SCALE_RECORD"
 
 def main() -> None:
     """Train and write."""
-    from megatron_et.launch import prepare_process
+    from megatron_et.run.launch import prepare_process
 
     prepare_process()
     # Only now: the CPU backend must come before Megatron.
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_et.gpt import pretrain_gpt
+    from megatron_et.run.gpt import pretrain_gpt
 
     loads: dict[int, list[np.ndarray]] = defaultdict(list)
     squares: dict[int, list[np.ndarray]] = defaultdict(list)

@@ -50,7 +50,7 @@ class Recorder:
 
 def main() -> None:
     """Train until enough is recorded."""
-    from megatron_et.launch import prepare_process
+    from megatron_et.run.launch import prepare_process
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], add_help=False)
     parser.add_argument("--logits", type=Path, required=True)
@@ -62,7 +62,7 @@ def main() -> None:
     prepare_process()
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_et.gpt import pretrain_gpt
+    from megatron_et.run.gpt import pretrain_gpt
 
     recorder = Recorder(own.logits, own.layer, own.after, own.batches)
     gating = TopKRouter.gating

@@ -31,7 +31,7 @@ class Sizes:
 
 def start(*, expert_parallel: int = 1) -> str:
     """torch.distributed, Megatron's groups, our router; returns the device: cuda or cpu."""
-    from megatron_et import cpu
+    from megatron_et.run import cpu
 
     if cpu.requested():
         cpu.install()
@@ -183,8 +183,8 @@ PERIOD = 16
 
 def boundary(router: Any) -> Callable[[], None]:
     """What a router does once a global batch, beside the gradients."""
-    from megatron_et.router import ExpertThresholdRouter
-    from megatron_et.synchronize import commit, finish_reduction, start_reduction
+    from megatron_et.moe.router import ExpertThresholdRouter
+    from megatron_et.moe.synchronize import commit, finish_reduction, start_reduction
 
     if isinstance(router, ExpertThresholdRouter):
 

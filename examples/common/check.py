@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if os.environ.get("MEGATRON"):
     sys.path.insert(0, os.environ["MEGATRON"])
 
-from megatron_et import cpu
 from megatron_et.check.findings import NOTE, REFUSED, Finding, lines, width
+from megatron_et.run import cpu
 
 TRANSFORMER_ENGINE = "2.14.0"
 """The version that Megatron is told of: no checked series of Megatron asks the examples for a later one."""

@@ -19,7 +19,7 @@ note() { NOTES+=("$*"); } # printed by launch, before the command
 
 least() { (($1 < $2)) && echo "$1" || echo "$2"; }
 
-on_cpu() { [[ ${MEGATRON_ET_CPU:-} =~ ^(1|[Tt][Rr][Uu][Ee]|[Yy][Ee][Ss])$ ]]; } # as megatron_et.cpu reads it
+on_cpu() { [[ ${MEGATRON_ET_CPU:-} =~ ^(1|[Tt][Rr][Uu][Ee]|[Yy][Ee][Ss])$ ]]; } # as megatron_et.run.cpu reads it
 
 number() { [[ ${!1} =~ ^[0-9]+$ ]] || die "$1 is '${!1}': it must be a whole number"; }
 

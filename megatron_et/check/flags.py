@@ -19,12 +19,12 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
-from megatron_et import compatibility
 from megatron_et.check import layers, packages, sizes
 from megatron_et.check.findings import NOTE, OK, PLAIN, REFUSED, Finding, Section, last_line
 from megatron_et.config import ConfigError, ExpertThresholdConfig, Quantile
-from megatron_et.fanout import DEEPEP_SLOTS, uses_deepep
 from megatron_et.host import arguments
+from megatron_et.moe import compatibility
+from megatron_et.moe.fanout import DEEPEP_SLOTS, uses_deepep
 
 # As pretrain_gpt.py gives them.
 SCRIPT_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}

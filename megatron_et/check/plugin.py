@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_et import cpu, host
+from megatron_et import host
 from megatron_et.check.findings import NOTE, OK, PLAIN, REFUSED, Finding, Section, last_line
 from megatron_et.host import seam, versions
+from megatron_et.run import cpu
 
 
 def examine(words: Sequence[str], *, script: str | None, hidden: Iterable[str] = ()) -> list[Section]:

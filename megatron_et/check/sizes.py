@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_et.config import Quantile
-from megatron_et.quantile import RADIX_BITS
-from megatron_et.statistics import RouterStatistics
-from megatron_et.threshold import ThresholdEMA
+from megatron_et.rule.quantile import RADIX_BITS
+from megatron_et.rule.statistics import RouterStatistics
+from megatron_et.rule.threshold import ThresholdEMA
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
-from megatron_et import compatibility, cpu
-from megatron_et.compatibility import Refusal
 from megatron_et.config import (
     ConfigError,
     ExpertThresholdConfig,
@@ -18,10 +16,13 @@ from megatron_et.config import (
     flag_of,
     scalar_type,
 )
-from megatron_et.fanout import bounded
 from megatron_et.host import seam
-from megatron_et.quantile import expected_load
+from megatron_et.moe import compatibility
+from megatron_et.moe.compatibility import Refusal
+from megatron_et.moe.fanout import bounded
 from megatron_et.rank_zero import is_rank_zero, say
+from megatron_et.rule.quantile import expected_load
+from megatron_et.run import cpu
 
 YAML = Refusal(
     "--yaml-cfg",

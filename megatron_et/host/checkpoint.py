@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_et.config import ExpertThresholdConfig
 from megatron_et.host import seam
+from megatron_et.moe.router import LoadingWithoutThresholds
 from megatron_et.rank_zero import say
-from megatron_et.router import LoadingWithoutThresholds
 
 _CHECKPOINTING = "megatron.training.checkpointing"
 

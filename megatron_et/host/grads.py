@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from megatron_et.host import seam, state
-from megatron_et.synchronize import abandon_reduction, start_reduction
+from megatron_et.moe.synchronize import abandon_reduction, start_reduction
 
 
 def install() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_et.host import seam
-from megatron_et.synchronize import routers_of, uncounted
+from megatron_et.moe.synchronize import routers_of, uncounted
 
 
 def install() -> None:

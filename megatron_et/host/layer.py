@@ -30,12 +30,12 @@ def install() -> None:
     would do nothing."""
     seam.require(*CALLED)
     seam.wrap(MOE_LAYER, "MoELayer.__init__", _moe_layer_init)
-    from megatron_et.dispatch import (
+    from megatron_et.moe.dispatch import (
         VariableFanoutAllGatherTokenDispatcher,
         VariableFanoutAlltoAllTokenDispatcher,
     )
-    from megatron_et.flex import VariableFanoutDeepepManager, VariableFanoutFlexTokenDispatcher
-    from megatron_et.router import ExpertThresholdRouter
+    from megatron_et.moe.flex import VariableFanoutDeepepManager, VariableFanoutFlexTokenDispatcher
+    from megatron_et.moe.router import ExpertThresholdRouter
 
     seam.require_overridden(
         ExpertThresholdRouter,
@@ -57,7 +57,7 @@ def install() -> None:
 def _moe_layer_init(original: Callable[..., None]) -> Callable[..., None]:
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_et.router import CONFIG_ATTRIBUTE, ExpertThresholdRouter, resolve_config
+    from megatron_et.moe.router import CONFIG_ATTRIBUTE, ExpertThresholdRouter, resolve_config
 
     def __init__(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
         if submodules is not None and resolve_config(config).active:
@@ -89,7 +89,7 @@ def _builds(router: Any, base: type) -> bool:
 
 
 def _chooser(megatrons: type, ours: type) -> Callable[..., Any]:
-    from megatron_et.router import resolve_config
+    from megatron_et.moe.router import resolve_config
 
     def dispatcher(*args: Any, config: Any, **kwargs: Any) -> Any:
         chosen = ours if resolve_config(config).active else megatrons

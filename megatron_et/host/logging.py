@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from megatron_et.alarms import Alarm, Monitor, Observation, Row, details, grouped, headline
 from megatron_et.config import ExpertThresholdConfig
 from megatron_et.host import seam, state, tensorboard
-from megatron_et.metrics import LayerBatch, overall, pack, width
-from megatron_et.report.tags import ALARM_TEXT
+from megatron_et.observe.alarms import Alarm, Monitor, Observation, Row, details, grouped, headline
+from megatron_et.observe.metrics import LayerBatch, overall, pack, width
+from megatron_et.observe.report.tags import ALARM_TEXT
 
 TRACE_FILE = "et_trace.jsonl"
 TRACE_SCHEMA = 1

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_et.router import ExpertThresholdRouter
-from megatron_et.synchronize import PendingReduction, routers_of
+from megatron_et.moe.router import ExpertThresholdRouter
+from megatron_et.moe.synchronize import PendingReduction, routers_of
 
 _ROUTERS: weakref.WeakKeyDictionary[torch.nn.Module, list[ExpertThresholdRouter]] = (
     weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ import torch
 
 from megatron_et.errors import HookNotCalledError
 from megatron_et.host import seam, state
-from megatron_et.synchronize import (
+from megatron_et.moe.synchronize import (
     abandon_reduction,
     commit,
     discard,

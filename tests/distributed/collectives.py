@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 
 
 def gathered(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -33,8 +33,8 @@ if __name__ == "__main__":  # the guard that spawned checkpoint writers need
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
 
-    from megatron_et.gpt import pretrain_gpt
-    from megatron_et.router import ExpertThresholdRouter
+    from megatron_et.moe.router import ExpertThresholdRouter
+    from megatron_et.run.gpt import pretrain_gpt
 
     original = ExpertThresholdRouter.gating
     calls: Counter[tuple[ExpertThresholdRouter, bool]] = Counter()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 from tests.distributed import fake_deep_ep, layers
 from tests.distributed.fake_deep_ep import Buffer, Dispatched, DispatchedMap, HybridEPBuffer
 from tests.distributed.layers import EXPERTS, close, inputs, moe_layer, start

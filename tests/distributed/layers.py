@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 
 HIDDEN, EXPERTS, TOPK, SEQUENCE, BATCH = 16, 8, 2, 12, 2
 
@@ -59,7 +59,7 @@ def moe_layer(**config: Any) -> Any:
     """A MoELayer as a GPT of Megatron's local implementation has it; arguments as for `moe_config`."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
-    from megatron_et.router import ExpertThresholdRouter
+    from megatron_et.moe.router import ExpertThresholdRouter
 
     transformer_config = moe_config(**config)
     num_experts = transformer_config.num_moe_experts
@@ -169,7 +169,7 @@ def compare_with_dense(layer: Any, own: int, kept: Kept | None = None) -> torch.
     if own:
         assert (fanouts == 0).any()
         assert (fanouts > TOPK).any()
-    from megatron_et.statistics import BatchCounts
+    from megatron_et.rule.statistics import BatchCounts
 
     counts = BatchCounts.split(layer.router.statistics.counts, EXPERTS)
     assert counts.usage_E.tolist() == map_TE.sum(0).tolist()
@@ -496,7 +496,7 @@ def check_batch_boundary(quantile: str) -> None:
     """I4: nothing moves within a step; discard, evaluation, no-grad and recompute leave no trace; ranks agree
     bitwise."""
     import megatron_et
-    from megatron_et.synchronize import finish_reduction, routers_of, start_reduction
+    from megatron_et.moe.synchronize import finish_reduction, routers_of, start_reduction
 
     start(expert_model_parallel_size=int(WORLD))
     layer = moe_layer(
@@ -736,7 +736,7 @@ def check_bfloat16() -> None:
 
 def check_padding_mask() -> None:
     """Padded tokens are routed nowhere, counted nowhere, and change nothing for the others."""
-    from megatron_et.statistics import BatchCounts
+    from megatron_et.rule.statistics import BatchCounts
 
     start()
     for warmup in (0, 1):
@@ -800,7 +800,7 @@ def check_foreign_routers() -> None:
     from megatron.core.transformer.moe.router import TopKRouter
 
     from megatron_et.config import ConfigError, ExpertThresholdConfig
-    from megatron_et.router import ExpertThresholdRouter
+    from megatron_et.moe.router import ExpertThresholdRouter
 
     start()
     layer = moe_layer()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 from tests.distributed.layers import EXPERTS, HIDDEN, TOPK, moe_layer, start
 from tests.documents import ROOT, blocks
 

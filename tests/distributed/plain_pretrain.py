@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 
 
 def datasets(num_samples: list[int], vp_stage: int | None = None) -> Any:  # noqa: ARG001 (Megatron asks for it)
@@ -63,6 +63,7 @@ if __name__ == "__main__":  # the guard that spawned checkpoint writers need
         )
         pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
     else:
-        from megatron_et import gpt, gpt_versions
+        from megatron_et.run import gpt
+        from megatron_et.run import versions as gpt_versions
 
         gpt_versions.start(datasets, forward_step, gpt.embedding_ranks, lambda _: None)

@@ -6,8 +6,8 @@ if __name__ == "__main__":
 
     import torch
 
-    from megatron_et.gpt import pretrain_gpt
-    from megatron_et.router import ExpertThresholdRouter
+    from megatron_et.moe.router import ExpertThresholdRouter
+    from megatron_et.run.gpt import pretrain_gpt
 
     value = float(os.environ["POISON"])
     original = ExpertThresholdRouter.gating

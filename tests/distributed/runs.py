@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from benchmarks.small_gpt import SMALL_GPT
-from megatron_et.threshold import ThresholdEMA
+from megatron_et.rule.threshold import ThresholdEMA
 from tests.forked import forked
 from tests.launch import TAIL, torchrun, words
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from megatron_et.cpu import CPU_ARGS
+from megatron_et.run.cpu import CPU_ARGS
 from tests.launch import TAIL, torchrun, words
 from tests.megatron_here import needs_training
 

@@ -67,7 +67,7 @@ def test_back_to_the_bias_takes_a_flag(bias: tuple[Run, Path], et: tuple[Run, Pa
 
 
 def test_megatron_without_this_package_loads_a_checkpoint_with_thresholds(et: tuple[Run, Path]) -> None:
-    from megatron_et.cpu import CPU_ARGS
+    from megatron_et.run.cpu import CPU_ARGS
 
     command = (str(HERE / "plain_pretrain.py"),)
     flags = [*CPU_ARGS, *f"{AUX} --train-iters 11 --load {et[1]}".split()]

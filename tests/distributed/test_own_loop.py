@@ -91,7 +91,8 @@ def test_skipped_steps_leave_no_trace() -> None:
 def test_install_needs_no_megatron_training() -> None:
     """As on megatron-core 0.16's wheel: megatron.training cannot be imported, megatron.core is bound."""
     code = (
-        "import sys; sys.modules['megatron.training'] = None; from megatron_et import cpu; cpu.install(); "
+        "import sys; sys.modules['megatron.training'] = None; "
+        "from megatron_et.run import cpu; cpu.install(); "
         "import megatron_et; megatron_et.install(); from megatron_et.host import bound; print(*bound())"
     )
     env = {**os.environ, "MEGATRON_ET_CPU": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

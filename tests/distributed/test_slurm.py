@@ -1,5 +1,5 @@
 """examples/slurm on a real SLURM: two nodes on this machine (tests/slurm/cluster.py). Without one, faster:
-tests/unit/test_slurm_scripts.py."""
+tests/unit/project/test_slurm_scripts.py."""
 
 import re
 import shutil

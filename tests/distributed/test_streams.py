@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_et.config import ExpertThresholdConfig
-from megatron_et.quantile import capacity_loads
+from megatron_et.rule.quantile import capacity_loads
 from tests.distributed.runs import (
     GPT_ARGS,
     MOE_LAYERS,

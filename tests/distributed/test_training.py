@@ -19,8 +19,8 @@ from tensorboard.plugins.scalar.scalars_plugin import ScalarsPlugin
 from megatron_et import __version__
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.tokenizer import train_tokenizer
-from megatron_et.metrics import METRICS
-from megatron_et.report.tags import VERSIONS_TEXT
+from megatron_et.observe.metrics import METRICS
+from megatron_et.observe.report.tags import VERSIONS_TEXT
 from tests.distributed.runs import (
     GPT_ARGS,
     MOE_LAYERS,
@@ -257,7 +257,7 @@ def test_topk_is_plain_megatron_to_the_bit(tmp_path: Path) -> None:
     """--moe-router-type topk (and leaving it out): the same script with and without our launcher."""
     baseline = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
     flags = f"{EP2} {baseline} --train-iters 6 --save {tmp_path}/"
-    from megatron_et.cpu import CPU_ARGS
+    from megatron_et.run.cpu import CPU_ARGS
 
     script = str(HERE / "plain_pretrain.py")
     plain = pretrain([*CPU_ARGS, *f"{flags}plain".split()], command=(script,), et=[])

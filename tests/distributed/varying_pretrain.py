@@ -17,7 +17,7 @@ if __name__ == "__main__":  # the guard that spawned checkpoint writers need
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import arguments
 
-    from megatron_et import gpt
+    from megatron_et.run import gpt
 
     parse, get_batch = arguments.parse_and_validate_args, gpt.get_batch
     calls = count()

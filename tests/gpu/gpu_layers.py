@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 
 # An odd number of tokens, so that no expert's load is a multiple of a kernel's tile.
 SEQUENCE, BATCH, HIDDEN, FFN, EXPERTS, TOPK = 33, 3, 128, 192, 8, 2
@@ -282,7 +282,7 @@ def assert_close(actual: Tensors, expected: Tensors, precision: Precision) -> No
 
 def dense_formula(layout: Layout, precision: Precision) -> None:
     """Output and gradients against the formula; the counts against the map; evaluation routes the same."""
-    from megatron_et.statistics import BatchCounts
+    from megatron_et.rule.statistics import BatchCounts
 
     layer = moe_layer(layout, precision)
     x, upstream = inputs(1, precision), inputs(2, precision)
@@ -371,8 +371,8 @@ BOUNDARY: dict[str, dict[str, Any]] = {
 def batch_boundary(layout: Layout, which: str) -> None:
     """Warm-up loads are exactly k; statistics and thresholds are those of the same logits on the CPU."""
     import megatron_et
-    from megatron_et.statistics import RouterStatistics
-    from megatron_et.threshold import ThresholdEMA
+    from megatron_et.rule.statistics import RouterStatistics
+    from megatron_et.rule.threshold import ThresholdEMA
 
     settings = BOUNDARY[which]
     layer = moe_layer(layout, "bf16", et={"warmup_steps": 2, "ema_decay": 0.9} | settings)
@@ -409,7 +409,7 @@ def batch_boundary(layout: Layout, which: str) -> None:
 
 def no_host_synchronisation(layout: Layout) -> None:
     """Gating, routing, counting and the reduction at the batch's end never wait for the GPU."""
-    from megatron_et.synchronize import commit, finish_reduction, routers_of, start_reduction
+    from megatron_et.moe.synchronize import commit, finish_reduction, routers_of, start_reduction
 
     layer = moe_layer(layout, "bf16")
     x = inputs(1, "bf16").requires_grad_()

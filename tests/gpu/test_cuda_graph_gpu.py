@@ -1,6 +1,6 @@
 """The router inside real CUDA graphs: captured by torch, forward and backward, and by Megatron in a training.
 
-What unit/test_cuda_graph.py shows without a GPU, on the device: one capture routes and counts in all phases.
+What unit/moe/test_cuda_graph.py shows without a GPU, on the device: a capture routes and counts in all phases.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_et.synchronize import finalize_thresholds, uncounted
+from megatron_et.moe.synchronize import finalize_thresholds, uncounted
 from tests.captured import ANNEAL, EXPERTS, SCHEDULES, TOKENS, WARMUP, memory, router
 from tests.distributed.runs import words
 from tests.gpu.gpu_launch import needs_te

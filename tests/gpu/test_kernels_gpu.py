@@ -63,9 +63,9 @@ def test_every_sigmoid(kernels: str) -> None:
 
 def test_captured_cuda_kernel() -> None:
     """`--moe-et-kernels cuda` in a CUDA graph beside eager launches: counts as without"""
-    from megatron_et.kernels.routed import expert_threshold
-    from megatron_et.statistics import RouterStatistics
-    from megatron_et.threshold import ThresholdEMA
+    from megatron_et.rule.kernels.routed import expert_threshold
+    from megatron_et.rule.statistics import RouterStatistics
+    from megatron_et.rule.threshold import ThresholdEMA
 
     logits = torch.randn(5000, 64, device="cuda")
     ema = ThresholdEMA(64, device="cuda")
@@ -93,8 +93,8 @@ def test_captured_cuda_kernel() -> None:
 
 def test_captured_selection() -> None:
     """Radix selection in a CUDA graph beside eager launches, k on the device: bounds as by sorting"""
-    from megatron_et.kernels.select import kth_largest
-    from megatron_et.quantile import kth_largest_of_several
+    from megatron_et.rule.kernels.select import kth_largest
+    from megatron_et.rule.quantile import kth_largest_of_several
 
     logits = torch.randn(5000, 64, device="cuda")
     ks = [torch.tensor(k, device="cuda") for k in (150, 450)]
@@ -119,11 +119,11 @@ def test_captured_selection() -> None:
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
 def test_no_host_synchronisation(kernels: str) -> None:
     """`--moe-et-kernels {kernels}` waits for nothing: forward, counting, backward under the sync detector"""
-    from megatron_et.kernels.routed import expert_threshold
-    from megatron_et.kernels.select import kth_largest
-    from megatron_et.quantile import capacity_bounds
-    from megatron_et.statistics import RouterStatistics
-    from megatron_et.threshold import ThresholdEMA
+    from megatron_et.rule.kernels.routed import expert_threshold
+    from megatron_et.rule.kernels.select import kth_largest
+    from megatron_et.rule.quantile import capacity_bounds
+    from megatron_et.rule.statistics import RouterStatistics
+    from megatron_et.rule.threshold import ThresholdEMA
 
     logits = torch.randn(4096, 64, device="cuda", requires_grad=True)
     ema, statistics = ThresholdEMA(64, device="cuda"), RouterStatistics(64, 4, device="cuda")

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from megatron_et.config import Quantile
-from megatron_et.quantile import capacity_bounds, expected_load, kth_largest, kth_largest_of_ranks
-from megatron_et.routing import expert_threshold, limit_fanout
-from megatron_et.statistics import RouterStatistics
-from megatron_et.threshold import ThresholdEMA
+from megatron_et.rule.quantile import capacity_bounds, expected_load, kth_largest, kth_largest_of_ranks
+from megatron_et.rule.routing import expert_threshold, limit_fanout
+from megatron_et.rule.statistics import RouterStatistics
+from megatron_et.rule.threshold import ThresholdEMA
 
 pytestmark = pytest.mark.gpu
 

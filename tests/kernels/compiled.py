@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_et.kernels import count, native, nvrtc, route, select
-from megatron_et.kernels.routed import EXPERTS_COUNTED, TOKENS_COUNTED, tile
-from megatron_et.quantile import Histogram
+from megatron_et.rule.kernels import count, native, nvrtc, route, select
+from megatron_et.rule.kernels.routed import EXPERTS_COUNTED, TOKENS_COUNTED, tile
+from megatron_et.rule.quantile import Histogram
 
 GPUS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 POINTERS = {

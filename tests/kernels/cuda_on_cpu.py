@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_et.kernels import native, nvrtc, scratch
+from megatron_et.rule.kernels import native, nvrtc, scratch
 
 HERE = Path(__file__).parent
 THREADS = 64

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_et import routing
-from megatron_et.kernels.routed import expert_threshold
-from megatron_et.statistics import RouterStatistics
-from megatron_et.threshold import ThresholdEMA
+from megatron_et.rule import routing
+from megatron_et.rule.kernels.routed import expert_threshold
+from megatron_et.rule.statistics import RouterStatistics
+from megatron_et.rule.threshold import ThresholdEMA
 
 
 @dataclass(frozen=True)

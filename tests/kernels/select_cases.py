@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_et.kernels.select import kth_largest
-from megatron_et.quantile import kth_largest_of_several
+from megatron_et.rule.kernels.select import kth_largest
+from megatron_et.rule.quantile import kth_largest_of_several
 from tests.kernels.route_cases import laid_out
 
 

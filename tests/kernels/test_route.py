@@ -1,6 +1,6 @@
 """The routing kernels in Triton's interpreter, on the CPU: `TRITON_INTERPRET=1 pytest tests/kernels`.
 
-`make test` runs it so (tests/unit/test_kernels.py); without the variable there is nothing to run here.
+`make test` runs it so (tests/unit/rule/test_kernels.py); without the variable there is nothing to run here.
 """
 
 import os
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from megatron_et.kernels.routed import try_out
+from megatron_et.rule.kernels.routed import try_out
 from tests.kernels.cuda_on_cpu import OnCpu
 from tests.kernels.route_cases import CUDA, NAMED, Case, check, check_every_sigmoid
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_et.kernels.select import kth_largest
-from megatron_et.quantile import capacity_bounds
+from megatron_et.rule.kernels.select import kth_largest
+from megatron_et.rule.quantile import capacity_bounds
 from tests.kernels.cuda_on_cpu import OnCpu
 from tests.kernels.select_cases import CASES, LEFT_TO_TORCH, Case, check
 

@@ -26,6 +26,6 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def interrupted(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_et.report.command.run", interrupted)
+    monkeypatch.setattr("megatron_et.observe.report.command.run", interrupted)
     assert cli.main(["report", "somewhere"]) == 130
     assert capsys.readouterr().err == "megatron-et report: interrupted\n"

@@ -25,7 +25,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from megatron_et import cpu
+from megatron_et.run import cpu
 
 from . import table
 from .settings import FOLDER, Settings

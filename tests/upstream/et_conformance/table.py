@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_et.compatibility import REFUSALS
+from megatron_et.moe.compatibility import REFUSALS
 
 Way = Literal["unadapted", "adapted", "plain"]
 """unadapted: the test as it is, top-k routing, with our dispatchers in place of Megatron's.

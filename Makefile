@@ -34,10 +34,12 @@ test-distributed: setup  ## torchrun + gloo on real Megatron, 2 and 4 processes
 test-versions: setup  ## tests on megatron-core 0.16.1, 0.17.1 and 0.18.2, each a small wheel over this environment
 	@bash .ci/test_versions $(VENV) $(PYTEST_ARGS)
 
-lint: setup  ## ruff format check, ruff, mypy
+lint: setup  ## ruff format check, ruff, mypy, the laws of the house (who imports whom)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -m pytest -q -p no:cacheprovider tests/unit/test_laws.py
 
 format: setup  ## rewrite the code in the house format
 	$(VENV)/bin/ruff format .

@@ -23,7 +23,7 @@ subtracted mean (it would move a threshold); an EMA from zero without correction
 Dimension letters: T tokens of a micro-batch on one rank, R ranks, M micro-batches, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,8 +31,7 @@ import numpy as np
 import torch
 
 from benchmarks.streams import NORMAL, Stream, histogram_cutoff, normal_tail, order_tails, part_mean
-from megatron_et.rule.estimator import HistogramQuantile, KthLargestMean
-from megatron_et.rule.quantile import kth_largest
+from megatron_et.rule.quantile import Histogram, kth_largest
 
 ESTIMATORS = ("exact", "histogram", "kth-largest", "megatron-average")
 CHUNK = 1 << 22
@@ -89,8 +88,7 @@ def drawn_cutoffs(
     pool: Pool, offsets_RE: torch.Tensor, centers_E: torch.Tensor, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Every estimator's cutoffs [E] from the same tokens, by the package's classes."""
-    histogram = HistogramQuantile(pool.experts, pool.topk)
-    kth = KthLargestMean(pool.experts, pool.topk)
+    histogram = Histogram(pool.experts, centers=centers_E)
     parts = []
     for _ in range(pool.microbatches):
         for offset_E in offsets_RE.float():
@@ -98,19 +96,23 @@ def drawn_cutoffs(
             if pool.skew_moves:
                 offset_E = pool.skew * torch.randn(pool.experts, generator=generator)
             logits_TE += pool.stream.sd * offset_E
-            histogram.add(logits_TE, pool.microbatch, None, centers_E)
-            kth.add(logits_TE, pool.microbatch, None, centers_E)
+            histogram.add(logits_TE)
             parts.append(logits_TE)
     number, _, part_k = pool.parts(pool.gathered_ranks)
     gathered = torch.cat(parts)
-    tokens = torch.tensor([pool.tokens])
     return {
         "exact": kth_largest(gathered, pool.k),
-        "histogram": histogram.cutoffs(histogram.integers, histogram.reals, tokens, centers_E)[0],
-        "kth-largest": kth.cutoffs(kth.integers, kth.reals, tokens, centers_E)[0],
+        "histogram": histogram.kth_largest(pool.k),
+        "kth-largest": _mean_of_kth_largest(parts, pool.topk, pool.experts),
         "megatron-average": sum(kth_largest(part, part_k + 1).double() for part in gathered.chunk(number))
         / number,
     }
+
+
+def _mean_of_kth_largest(parts: Sequence[torch.Tensor], topk: int, experts: int) -> torch.Tensor:
+    """The paper's estimator: the mean over micro-batches and ranks of each one's k-th largest logit."""
+    cutoffs = [kth_largest(part, len(part) * topk // experts).double() for part in parts]
+    return torch.stack(cutoffs).mean(dim=0)
 
 
 def sampled_cutoffs(pool: Pool, rng: np.random.Generator, centers_E: torch.Tensor) -> dict[str, torch.Tensor]:

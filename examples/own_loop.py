@@ -244,7 +244,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 def routing(model: torch.nn.Module) -> str:
     """Metrics of the last committed batch, from the counts that were reduced for the thresholds anyway."""
     layers = {
-        router.layer_number: LayerBatch.unpack(pack(router.last_batch), router.num_experts)
+        router.layer_number: LayerBatch.unpack(pack(router.last_batch), router.num_experts, router.et_config)
         for router in routers_of(model)
         if router.last_batch is not None
     }

@@ -12,8 +12,7 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 RouterType = Literal["topk", "expert-threshold", "expert-choice"]
 GateNormalization = Literal["none", "fanout"]
 Pool = Literal["microbatch", "global"]
-Quantile = Literal["histogram", "kth-largest"]
-Kernels = Literal["torch", "triton", "cuda"]
+Kernels = Literal["auto", "torch", "triton", "cuda"]
 
 
 class ConfigError(ValueError):
@@ -67,19 +66,12 @@ class ExpertThresholdConfig:
         "ranks' tokens of the micro-batch step (exact, four small all-reduces a layer while such a bound is "
         "in force)",
     )
-    quantile: Quantile = _knob(
-        "histogram",
-        "--moe-et-quantile",
-        "population quantile of the global batch: histogram = of all its tokens, from integer counts, "
-        "whatever the "
-        "layout; kth-largest = the paper's mean of the k-th largest logits over micro-batches and ranks",
-    )
     guard: float | None = _knob(
         None,
         "--moe-et-guard",
         "G, 0.5 recommended: an expert whose load at its threshold was outside (1-G)k to (1+G)k in three "
-        "global batches in a row, on the same side, starts its EMA again from the last cutoff; needs "
-        "histogram; none = off",
+        "global batches in a row, on the same side, starts its EMA again from the last cutoff; none = "
+        "off",
     )
     max_fanout: int | None = _knob(
         None,
@@ -91,12 +83,13 @@ class ExpertThresholdConfig:
         "none", "--moe-et-gate-normalization", "fanout divides a token's gates by its fan-out (paper, E.4)"
     )
     kernels: Kernels = _knob(
-        "torch",
+        "auto",
         "--moe-et-kernels",
         "what routes and counts: torch = tensor operations; triton = fused kernels, same map and counts bit "
-        "for bit; cuda = the fastest, everything forward in one CUDA kernel (for a multiple of 8 experts, no "
-        "fan-out bound, no normalization, quantiles from histograms; else Triton's), the bounds of warm-up "
-        "and capacity in another (pool microbatch)",
+        "for bit; cuda = everything forward in one CUDA kernel (for a multiple of 8 experts, no fan-out "
+        "bound, no normalization; else Triton's), the bounds of warm-up and capacity in another (pool "
+        "microbatch); auto = triton where every rank of the job has a GPU on which it passes a try-out, "
+        "else torch",
     )
     trace_dir: str | None = _knob(
         None,
@@ -123,11 +116,6 @@ class ExpertThresholdConfig:
             )
         if self.guard is not None:
             self._require(math.isfinite(self.guard) and self.guard > 0.0, "guard", "must be finite and > 0")
-            why = "reads loads off a histogram, and --moe-et-quantile kth-largest keeps none: leave it out"
-            self._require(self.quantile == "histogram", "guard", why)
-        if self.kernels == "cuda":
-            why = "counts a histogram, and --moe-et-quantile kth-largest keeps none: use triton"
-            self._require(self.quantile == "histogram", "kernels", why)
         if self.max_fanout is not None:
             self._require(self.max_fanout >= 1, "max_fanout", "must be at least 1 expert a token")
         if self.router_type == "expert-choice":
@@ -145,30 +133,6 @@ class ExpertThresholdConfig:
     def active(self) -> bool:
         """Whether this package routes at all (False: Megatron's own top-k, untouched)."""
         return self.router_type != "topk"
-
-    def capacity(self, committed_batches: int) -> float | None:
-        """Capacity factor C in force for the next training batch; None means that nothing bounds the load.
-
-        0 in the warm-up (Expert Choice). While annealing it grows from 0 to the training capacity: linearly
-        to a finite one, and as x / (1 - x) of the annealed share x to an infinite one, so that neither end
-        jumps.
-
-        Args:
-            committed_batches: global batches that have already moved the thresholds.
-        """
-        if self.router_type == "expert-choice" or committed_batches < self.warmup_steps:
-            return 0.0
-        annealed = committed_batches - self.warmup_steps
-        if annealed < self.warmup_anneal_steps:
-            share = annealed / self.warmup_anneal_steps
-            return share / (1.0 - share) if self.capacity_factor is None else share * self.capacity_factor
-        return self.capacity_factor
-
-    def phase(self, committed_batches: int) -> str:
-        """Name of the phase that routes the next training batch: warmup, anneal or threshold."""
-        if self.router_type == "expert-choice" or committed_batches < self.warmup_steps:
-            return "warmup"
-        return "anneal" if committed_batches < self.warmup_steps + self.warmup_anneal_steps else "threshold"
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Self:

@@ -39,7 +39,7 @@ def router(graph: bool, megatron: dict[str, Any] | None = None, **et: Any) -> An
 
 def memory(routed: Any) -> list[torch.Tensor]:
     """All that lives from one micro-batch to the next."""
-    return [*routed.buffers(), *routed.statistics.accumulators]
+    return [*routed.buffers(), *routed.statistics.integer_parts]
 
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "capacity-above-one": {"warmup_anneal_steps": ANNEAL, "capacity_factor": 1.7},
     "no-warmup": {"warmup_steps": 0, "capacity_factor": 0.3},
     "expert-choice": {"router_type": "expert-choice"},
-    "kth-largest": {"quantile": "kth-largest"},
     "guard": {"guard": 0.2},
     "fanout": {"max_fanout": 3, "gate_normalization": "fanout", "warmup_anneal_steps": ANNEAL},
 }

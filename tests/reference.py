@@ -7,6 +7,8 @@ the corrected value, token lists instead of boolean maps.
 
 import math
 
+from megatron_et.config import ExpertThresholdConfig
+
 
 class AuthorsRouter:
     """State and rule of one layer. Logits are lists of rows; a routing is, per expert, the set of its
@@ -69,3 +71,22 @@ class AuthorsRouter:
 def gate(logit: float) -> float:
     """sigmoid, eq. 2."""
     return 1.0 / (1.0 + math.exp(-logit))
+
+
+def capacity(et: ExpertThresholdConfig, num_updates: int) -> float | None:
+    """Capacity factor C in force for the next training batch; None means that nothing bounds the load.
+
+    0 in the warm-up (Expert Choice). While annealing it grows from 0 to the training capacity: linearly
+    to a finite one, and as x / (1 - x) of the annealed share x to an infinite one, so that neither end
+    jumps.
+
+    Args:
+        num_updates: of the thresholds.
+    """
+    if et.router_type == "expert-choice" or num_updates < et.warmup_steps:
+        return 0.0
+    annealed = num_updates - et.warmup_steps
+    if annealed < et.warmup_anneal_steps:
+        share = annealed / et.warmup_anneal_steps
+        return share / (1.0 - share) if et.capacity_factor is None else share * et.capacity_factor
+    return et.capacity_factor

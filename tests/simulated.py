@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from megatron_et.config import ExpertThresholdConfig
-from megatron_et.observe.alarms import Observation
 from megatron_et.observe.metrics import LayerBatch, pack
-from megatron_et.observe.report.trace import parse_record
+from megatron_et.observe.rules import Observation
+from megatron_et.observe.trace import parse_record
 from megatron_et.rule.quantile import capacity_bounds, expected_load
 from megatron_et.rule.routing import expert_threshold
+from megatron_et.rule.schedule import phase
 from megatron_et.rule.statistics import BatchRecord, RouterStatistics
 from megatron_et.rule.threshold import ThresholdEMA
+from tests.reference import capacity
 
 Move = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -58,7 +60,7 @@ def trace_lines(
             yield {
                 "schema": 1,
                 "step": step,
-                "phase": config.phase(step - 1),
+                "phase": phase(config, step - 1),
                 "tokens": T,
                 "topk": topk,
                 "num_experts": E,
@@ -70,27 +72,24 @@ def _batch(
     config: ExpertThresholdConfig, ema: ThresholdEMA, logits_TE: torch.Tensor, committed: int, topk: int
 ) -> LayerBatch:
     """Route one global batch of one layer, count it, move the thresholds."""
-    (T, E), capacity = logits_TE.shape, config.capacity(committed)
-    bounds = None if capacity is None else capacity_bounds(logits_TE, expected_load(T, topk, E), capacity)
+    (T, E), factor = logits_TE.shape, capacity(config, committed)
+    bounds = None if factor is None else capacity_bounds(logits_TE, expected_load(T, topk, E), factor)
     lower, upper = bounds or (None, None)
     _, map_TE = expert_threshold(logits_TE, ema.value, lower=lower, upper=upper)
     statistics = RouterStatistics(E, topk)
     statistics.add(logits_TE, map_TE, ema, bounds)
-    integers, reals = statistics.integers(), statistics.estimator.reals
-    counts, cutoffs_E, valid = statistics.reduced(integers, reals, ema.last_cutoff)
-    band = None
-    if config.guard is not None:
-        band = statistics.band(integers, counts.tokens, ema.last_cutoff, config.guard)
+    integers = torch.cat(statistics.integer_parts)
+    counts, cutoffs_E, valid, band = statistics.reduced(integers, ema.last_cutoff, config.guard)
     record = BatchRecord(
         counts,
         ema.value.where(ema.num_updates > 0, torch.nan),
         cutoffs_E,
-        config.phase(committed),
+        ema.num_updates.clone(),
         ema.recently_restarted(),
     )
     ema.propose(cutoffs_E, valid=valid, band=band)
     ema.commit()
-    return LayerBatch.unpack(pack(record), E)
+    return LayerBatch.unpack(pack(record), E, config)
 
 
 def observations(*args: Any, **settings: Any) -> Iterator[Observation]:

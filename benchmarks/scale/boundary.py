@@ -132,4 +132,4 @@ def measure() -> Costs:
 
 def sizes(experts: int, topk: int) -> RouterBytes:
     """Bytes of one router, as the classes have them."""
-    return router_bytes(experts, topk, "histogram")
+    return router_bytes(experts, topk)

@@ -12,7 +12,7 @@ from benchmarks.scale.network import ALGORITHMS, NODE, best
 from benchmarks.scale.quadrature import share_above
 from benchmarks.scale.shapes import SEQUENCE, Placement
 
-COUNT_BYTES = 8
+COUNT_BYTES = 4
 TARGET = 1e-3
 """Share of a step that counting, reduction and boundary are to stay below together."""
 
@@ -48,7 +48,7 @@ def statistics(
     """With another width of the counts or another number of bins than the code has, everything that depends
     on the histograms scales."""
     costs, shape = boundary.measure(), placement.shape
-    now = boundary.sizes(shape.experts, shape.topk).reduced[0]
+    now = boundary.sizes(shape.experts, shape.topk).reduced
     histogram = COUNT_BYTES * shape.experts * boundary.BINS
     scale = count_bytes / COUNT_BYTES * bins / boundary.BINS
     reduced = int(placement.stage_routers * (now + histogram * (scale - 1.0)))

@@ -191,10 +191,9 @@ def _findings(get: Rows) -> list[str]:
   the batch is as small as the layout allows and the step short. The worst, {worst} on {most:,} GPUs:
   {reduced:.0f} MB by {algorithm}, {once("as assumed")}; with the reduction hidden
   {once("the reduction hidden")}. With it hidden, as it can be behind the optimizer step, {len(behind)} cases
-  stay below. int32 counts alone would make it {once("int32 counts")}, a tenth of the
-  small kernels at the boundary {once("a tenth of the kernels")}, both
-  {once("a tenth of the kernels, int32 counts")}, and with the reduction hidden
-  {once("a tenth of the kernels, int32 counts, the reduction hidden")}. A global batch 4 times as large:
+  stay below. int64 counts in 1,024 bins would make it {once("int64 counts, 1,024 bins")}, a tenth of the
+  small kernels at the boundary {once("a tenth of the kernels")}, and with the reduction hidden
+  {once("a tenth of the kernels, the reduction hidden")}. A global batch 4 times as large:
   {once("global batch 4 times as large")}.
 - **Counting**, at every scale alike: {torch} of a step with `--moe-et-kernels torch`, {triton}
   with `triton`, {cuda} with `cuda`. Everything together is below {percent(TARGET)} in

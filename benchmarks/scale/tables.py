@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import threshold_series
-from benchmarks.scale import check, cost, memory, published
+from benchmarks.scale import boundary, check, cost, memory, published
 from benchmarks.scale.assumptions import Hardware
 from benchmarks.scale.loads import Drawn, Rule, Text, capacity_band
 from benchmarks.scale.measure import Measured, numbers
@@ -125,22 +125,20 @@ def statistics_rows(hardware: Hardware) -> Iterator[Row]:
                 yield Row("statistics", shape.name, gpus, found.best_algorithm, name, value)
 
 
+AS_IT_IS = cost.COUNT_BYTES, boundary.BINS
 FEW_KERNELS = {"kernel_launch": 0.1}
 #: What is varied -> factors of assumptions, bytes of a count, bins.
 VARIED: dict[str, tuple[dict[str, float], int, int]] = {
-    "as assumed": ({}, 8, 1024),
-    "NICs at half the speed": ({"nic": 0.5}, 8, 1024),
-    "hops 4 times as long": ({"nic_hop": 4.0, "nvlink_hop": 4.0}, 8, 1024),
-    "hops half as long": ({"nic_hop": 0.5, "nvlink_hop": 0.5}, 8, 1024),
-    "small kernels half as long": ({"kernel_launch": 0.5}, 8, 1024),
-    "small kernels twice as long": ({"kernel_launch": 2.0}, 8, 1024),
-    "HBM at half the speed": ({"hbm_efficiency": 0.5}, 8, 1024),
-    "int32 counts": ({}, 4, 1024),
-    "int32 counts, 512 bins": ({}, 4, 512),
+    "as assumed": ({}, *AS_IT_IS),
+    "NICs at half the speed": ({"nic": 0.5}, *AS_IT_IS),
+    "hops 4 times as long": ({"nic_hop": 4.0, "nvlink_hop": 4.0}, *AS_IT_IS),
+    "hops half as long": ({"nic_hop": 0.5, "nvlink_hop": 0.5}, *AS_IT_IS),
+    "small kernels half as long": ({"kernel_launch": 0.5}, *AS_IT_IS),
+    "small kernels twice as long": ({"kernel_launch": 2.0}, *AS_IT_IS),
+    "HBM at half the speed": ({"hbm_efficiency": 0.5}, *AS_IT_IS),
+    "int64 counts, 1,024 bins": ({}, 8, 1024),
     "int16 counts, 256 bins": ({}, 2, 256),
-    "a tenth of the kernels": (FEW_KERNELS, 8, 1024),
-    "a tenth of the kernels, int32 counts": (FEW_KERNELS, 4, 1024),
-    "a tenth of the kernels, int32 counts, 512 bins": (FEW_KERNELS, 4, 512),
+    "a tenth of the kernels": (FEW_KERNELS, *AS_IT_IS),
 }
 
 
@@ -157,7 +155,7 @@ def sensitivity_rows(hardware: Hardware) -> Iterator[Row]:
             )
             shares[name] = found.share()
             hidden = "the reduction hidden"
-            if name in ("as assumed", "a tenth of the kernels, int32 counts"):
+            if name in ("as assumed", "a tenth of the kernels"):
                 what = hidden if name == "as assumed" else f"{name}, {hidden}"
                 shares[what] = found.boundary_seconds / found.step_seconds
         shares["global batch 4 times as large"] = cost.statistics(larger, hardware).share()

@@ -15,16 +15,16 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import torch
 
 from megatron_et.check import layers, packages, sizes
 from megatron_et.check.findings import NOTE, OK, PLAIN, REFUSED, Finding, Section, last_line
-from megatron_et.config import ConfigError, ExpertThresholdConfig, Quantile
+from megatron_et.config import ConfigError, ExpertThresholdConfig
 from megatron_et.host import arguments
 from megatron_et.moe import compatibility
-from megatron_et.moe.fanout import DEEPEP_SLOTS, uses_deepep
+from megatron_et.moe.settings import DEEPEP_SLOTS, uses_deepep
 
 # As pretrain_gpt.py gives them.
 SCRIPT_DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer"}
@@ -271,24 +271,15 @@ def _where(error: BaseException) -> str:
 
 # --- statistics ---
 
-QUANTILES: tuple[Quantile, ...] = get_args(Quantile)
-
 
 def _per_expert() -> list[Finding]:
-    found = []
-    for quantile in QUANTILES:
-        one, two = (sizes.router_bytes(experts, 1, quantile) for experts in (1, 2))
-        text = (
-            f"per expert and MoE layer {two.accumulated - one.accumulated} bytes on every rank, "
-            f"{sum(two.reduced) - sum(one.reduced)} bytes all-reduced per global batch ({_calls(two)} for "
-            f"all layers), {two.saved - one.saved} bytes in the checkpoint"
-        )
-        found.append(Finding(PLAIN, quantile, text))
-    return found
-
-
-def _calls(router: sizes.RouterBytes) -> str:
-    return f"{len(router.reduced)} call{'s' if len(router.reduced) > 1 else ''}"
+    one, two = (sizes.router_bytes(experts, 1) for experts in (1, 2))
+    text = (
+        f"per expert and MoE layer {two.accumulated - one.accumulated} bytes on every rank, "
+        f"{two.reduced - one.reduced} bytes all-reduced per global batch (one call for all layers), "
+        f"{two.saved - one.saved} bytes in the checkpoint"
+    )
+    return [Finding(PLAIN, "", text)]
 
 
 def _statistics(args: argparse.Namespace, et: ExpertThresholdConfig, config: Any) -> list[Finding]:
@@ -303,33 +294,25 @@ def _statistics(args: argparse.Namespace, et: ExpertThresholdConfig, config: Any
     found = [Finding(PLAIN, "routers", text)]
     if config is None and args.pipeline_model_parallel_size > 1:
         found.append(Finding(NOTE, "", "split over pipeline stages unknown: all routers on one stage below"))
-    for quantile in QUANTILES:
-        one = sizes.router_bytes(args.num_experts, args.moe_router_topk, quantile)
-        text = (
-            f"{sizes.readable(one.saved * total)} in the checkpoint. A rank"
-            f"{' of the fullest stage' if len(stages) > 1 else ''}: "
-            f"{sizes.readable(one.accumulated * most)} of accumulators; all-reduced per global batch over "
-            f"tensor, context and data parallel ranks: {sizes.readable(sum(one.reduced) * most)} in "
-            f"{_calls(one)}, with copies of up to twice that meanwhile"
-        )
-        label = f"{quantile}{' *' if quantile == et.quantile else ''}"
-        found.append(Finding(PLAIN, label, text))
-    found.append(Finding(PLAIN, "", "* the --moe-et-quantile of your command"))
+    one = sizes.router_bytes(args.num_experts, args.moe_router_topk)
+    text = (
+        f"{sizes.readable(one.saved * total)} in the checkpoint. A rank"
+        f"{' of the fullest stage' if len(stages) > 1 else ''}: "
+        f"{sizes.readable(one.accumulated * most)} of accumulators; all-reduced per global batch over "
+        f"tensor, context and data parallel ranks: {sizes.readable(one.reduced * most)} in one call, with "
+        "copies of up to twice that meanwhile"
+    )
+    found.append(Finding(PLAIN, "bytes", text))
     return found + _pool(args, et, most)
 
 
 def _pool(args: argparse.Namespace, et: ExpertThresholdConfig, routers: int) -> list[Finding]:
     if et.pool != "global" or not routers:
         return []
-    bounds = {1: "in the warm-up"}
-    if et.capacity_factor or et.warmup_anneal_steps:
-        bounds[2] = "under a capacity above 0"
-    each = ", ".join(
-        f"{sizes.readable(sizes.pool_bytes(args.num_experts, number) * routers)} {when}"
-        for number, when in bounds.items()
-    )
+    bounds = 2 if et.capacity_factor or et.warmup_anneal_steps else 1
+    each = sizes.readable(sizes.pool_bytes(args.num_experts, bounds) * routers)
     text = (
-        f"all-reduced in each forward pass of a micro-batch (one that recomputes activations included): "
-        f"{each}, in {sizes.pool_calls() * routers} calls"
+        f"all-reduced in each forward pass of a micro-batch (one that recomputes activations included) while "
+        f"a bound is in force: {each} in {sizes.pool_calls() * routers} calls"
     )
     return [Finding(PLAIN, "--moe-et-pool global", text)]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_et.config import Quantile
 from megatron_et.rule.quantile import RADIX_BITS
 from megatron_et.rule.statistics import RouterStatistics
 from megatron_et.rule.threshold import ThresholdEMA
@@ -22,22 +21,15 @@ class RouterBytes:
     """In the checkpoint, and on the device all the time."""
     accumulated: int
     """On the device all the time, in no checkpoint."""
-    reduced: tuple[int, ...]
-    """Sent into each all-reduce at the end of a global batch; all routers of a rank share the calls."""
+    reduced: int
+    """Sent into the all-reduce at the end of a global batch, which all routers of a rank share."""
 
 
-def router_bytes(num_experts: int, topk: int, quantile: Quantile) -> RouterBytes:
+def router_bytes(num_experts: int, topk: int) -> RouterBytes:
     """What one router keeps and sends."""
-    statistics = RouterStatistics(num_experts, topk, quantile=quantile, device="meta")
-    estimator = statistics.estimator
-    thresholds = ThresholdEMA(num_experts, device="meta")
-    committed_batches = torch.zeros(1, dtype=torch.int64, device="meta")  # a buffer of the router itself
-    sent = [_bytes([tensor]) for tensor in (statistics.integers(), estimator.reals)]
-    return RouterBytes(
-        saved=_bytes([*thresholds.buffers(), committed_batches]),
-        accumulated=_bytes([statistics.counts, estimator.integers, estimator.reals]),
-        reduced=tuple(size for size in sent if size > 0),
-    )
+    counted = _bytes(RouterStatistics(num_experts, topk, device="meta").integer_parts)
+    saved = _bytes(ThresholdEMA(num_experts, device="meta").buffers())
+    return RouterBytes(saved, accumulated=counted, reduced=counted)
 
 
 def pool_calls() -> int:
@@ -52,7 +44,7 @@ def pool_bytes(num_experts: int, bounds: int) -> int:
         num_experts: E.
         bounds: 1 for Expert Choice, whose lower and upper bound are one; 2 for a capacity above 0.
     """
-    counts = num_experts * (1 << RADIX_BITS) * torch.int64.itemsize
+    counts = num_experts * (1 << RADIX_BITS) * torch.int32.itemsize
     # The first round counts the leading digits, which no bound has narrowed yet.
     return counts * (1 + (pool_calls() - 1) * bounds)
 

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | arguments.py | `add_megatron_arguments`, `validate_args` | flags and refusals |
 | arguments.py | `load_args_from_checkpoint` | --use-checkpoint-args |
+| kernels.py | `setup_model_and_optimizer` | the ranks agree on the kernels that route |
 | layer.py | `MoELayer.__init__` | our router in every MoE layer |
 | layer.py | `moe_layer.MoEAlltoAllTokenDispatcher`, `...AllGather...` | dispatchers for any fan-out |
 | graphs.py | `TECudaGraphHelper.create_cudagraphs` | passes that warm up CUDA graphs are not counted |
@@ -64,7 +65,7 @@ def seams() -> list[str]:
         "layer",
         "graphs",
         "wheel",
-        *(["arguments", "checkpoint", "grads", "step", "logging"] if training else []),
+        *(["arguments", "kernels", "checkpoint", "grads", "step", "logging"] if training else []),
     ]
 
 

@@ -2,7 +2,7 @@
 compatibility.py."""
 
 import argparse
-import os
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import Field, fields
@@ -19,10 +19,9 @@ from megatron_et.config import (
 from megatron_et.host import seam
 from megatron_et.moe import compatibility
 from megatron_et.moe.compatibility import Refusal
-from megatron_et.moe.fanout import bounded
+from megatron_et.moe.settings import bounded, read_arguments_with
 from megatron_et.rank_zero import is_rank_zero, say
 from megatron_et.rule.quantile import expected_load
-from megatron_et.run import cpu
 
 YAML = Refusal(
     "--yaml-cfg",
@@ -87,10 +86,6 @@ def settle(args: argparse.Namespace, explicit: set[str]) -> tuple[ExpertThreshol
             )
         return et, []
     changed = compatibility.check(args, et, explicit)
-    if et.kernels != "torch" and cpu.requested() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            f"{flag_of('kernels')} {et.kernels} needs a GPU, and {cpu.ENV} asks for a CPU: leave it out"
-        )
     et = bounded(et, args)
     args.moe_et_max_fanout = et.max_fanout
     return et, changed
@@ -144,13 +139,13 @@ def _tokens_of_a_rank(args: argparse.Namespace) -> int:
 
 def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
     """Refuse a routing pool in which an expert's share is less than one token: Expert Choice would select
-    nobody, and a micro-batch would have no k-th largest logit.
+    nobody.
 
     Raises:
         ConfigError: with the sizes that make the pool.
     """
     tokens = args.micro_batch_size * args.seq_length
-    if et.pool == "global" and et.quantile == "histogram":
+    if et.pool == "global":
         ranks, pool = "all ranks together", tokens * args.data_parallel_size
     else:
         ranks, pool = "a rank", _tokens_of_a_rank(args)
@@ -162,6 +157,24 @@ def check_pool(args: argparse.Namespace, et: ExpertThresholdConfig) -> None:
             f"{args.num_experts} / --moe-router-topk {args.moe_router_topk}, so no expert would get one "
             "token. "
             "Raise --micro-batch-size."
+        )
+
+
+MOST_TOKENS = 2**31
+"""Of a global batch: counts are int32 (I7)."""
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Refuse a global batch whose counts would overflow.
+
+    Raises:
+        ConfigError: with the number of tokens.
+    """
+    tokens = args.global_batch_size * args.seq_length
+    if tokens >= MOST_TOKENS:
+        raise ConfigError(
+            f"a global batch has {tokens} tokens (--global-batch-size times --seq-length), and loads are "
+            f"counted in 32 bits, up to {MOST_TOKENS - 1}. Lower --global-batch-size."
         )
 
 
@@ -208,7 +221,7 @@ def mend_help(parser: argparse.ArgumentParser) -> None:
 
 def _add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        _exit_on_config_error(refuse_yaml, sys.argv[1:])
+        exit_on_config_error(refuse_yaml, sys.argv[1:])
         parser = add_arguments(original(parser))
         mend_help(parser)
         return parser
@@ -216,7 +229,7 @@ def _add_megatron_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_megatron_arguments
 
 
-def _exit_on_config_error[Result](function: Callable[..., Result], *args: Any) -> Result:
+def exit_on_config_error[Result](function: Callable[..., Result], *args: Any) -> Result:
     """A wrong flag is the user's to mend: the sentence, on one rank, without a traceback, and exit status
     2."""
     try:
@@ -229,11 +242,12 @@ def _exit_on_config_error[Result](function: Callable[..., Result], *args: Any) -
 
 def _validate_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: argparse.Namespace, *rest: Any, **kwargs: Any) -> Any:
-        et = _exit_on_config_error(prepare, args, explicit_names(sys.argv[1:]))
+        et = exit_on_config_error(prepare, args, explicit_names(sys.argv[1:]))
         result = original(args, *rest, **kwargs)
         if et.active:
-            _exit_on_config_error(check_pool, args, et)
-            _exit_on_config_error(check_padding, args)
+            exit_on_config_error(check_pool, args, et)
+            exit_on_config_error(check_padding, args)
+            exit_on_config_error(check_counts, args)
             if (sentence := endless_warmup(args, et)) is not None:
                 say(sentence)
         return result
@@ -256,8 +270,6 @@ def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set
     them."""
     # A router that refuses them was asked for instead of the checkpoint's: its capacity does not come along.
     useless = {"capacity_factor", "warmup_anneal_steps"} if args.moe_router_type == "expert-choice" else set()
-    if "moe_et_quantile" in explicit and args.moe_et_quantile == "kth-largest":
-        useless.add("guard")  # likewise: it needs the histogram
     # Of the machine, not of the model.
     useless |= {"trace_dir", "kernels"}
     for knob in fields(ExpertThresholdConfig):
@@ -267,12 +279,16 @@ def take_over(args: argparse.Namespace, saved: argparse.Namespace, explicit: set
 
 
 CALLED = (("megatron.training.global_vars", "get_args"),)
-"""By router.resolve_config, which takes its absence for a loop without megatron.training: top-k."""
+
+
+def _get_args() -> argparse.Namespace:
+    return importlib.import_module(CALLED[0][0]).get_args()
 
 
 def install() -> None:
     """Bind the seam."""
     seam.require(*CALLED)
+    read_arguments_with(_get_args)
     seam.wrap("megatron.training.arguments", "add_megatron_arguments", _add_megatron_arguments)
     seam.wrap("megatron.training.arguments", "validate_args", _validate_args)
     seam.wrap("megatron.training.checkpointing", "load_args_from_checkpoint", _load_args_from_checkpoint)

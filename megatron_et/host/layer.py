@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_et.config import ConfigError
 from megatron_et.host import seam
+from megatron_et.moe.settings import CONFIG_ATTRIBUTE, resolve_config
 
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
@@ -30,11 +31,12 @@ def install() -> None:
     would do nothing."""
     seam.require(*CALLED)
     seam.wrap(MOE_LAYER, "MoELayer.__init__", _moe_layer_init)
-    from megatron_et.moe.dispatch import (
+    from megatron_et.moe.dispatchers import (
         VariableFanoutAllGatherTokenDispatcher,
         VariableFanoutAlltoAllTokenDispatcher,
+        VariableFanoutDeepepManager,
+        VariableFanoutFlexTokenDispatcher,
     )
-    from megatron_et.moe.flex import VariableFanoutDeepepManager, VariableFanoutFlexTokenDispatcher
     from megatron_et.moe.router import ExpertThresholdRouter
 
     seam.require_overridden(
@@ -57,7 +59,7 @@ def install() -> None:
 def _moe_layer_init(original: Callable[..., None]) -> Callable[..., None]:
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_et.moe.router import CONFIG_ATTRIBUTE, ExpertThresholdRouter, resolve_config
+    from megatron_et.moe.router import ExpertThresholdRouter
 
     def __init__(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
         if submodules is not None and resolve_config(config).active:
@@ -89,8 +91,6 @@ def _builds(router: Any, base: type) -> bool:
 
 
 def _chooser(megatrons: type, ours: type) -> Callable[..., Any]:
-    from megatron_et.moe.router import resolve_config
-
     def dispatcher(*args: Any, config: Any, **kwargs: Any) -> Any:
         chosen = ours if resolve_config(config).active else megatrons
         return chosen(*args, config=config, **kwargs)

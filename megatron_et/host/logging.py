@@ -4,9 +4,7 @@ and the trace, and says when an alarm starts.
 Dimension letters: L MoE layers of the whole model, W numbers per layer (metrics.py).
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,11 @@ import torch
 
 from megatron_et.config import ExpertThresholdConfig
 from megatron_et.host import seam, state, tensorboard
-from megatron_et.observe.alarms import Alarm, Monitor, Observation, Row, details, grouped, headline
+from megatron_et.observe import trace
+from megatron_et.observe.alarms import Alarm, Monitor, details, grouped, headline
 from megatron_et.observe.metrics import LayerBatch, overall, pack, width
-from megatron_et.observe.report.tags import ALARM_TEXT
-
-TRACE_FILE = "et_trace.jsonl"
-TRACE_SCHEMA = 1
+from megatron_et.observe.rules import Observation, Row
+from megatron_et.observe.trace import ALARM_TEXT
 
 _MONITOR = Monitor()
 """Of this process: a resumed run starts without a history."""
@@ -74,13 +71,15 @@ def log_batch(iteration: int) -> None:
     metrics = {number: batch.metrics() for number, batch in layers.items()}
     summary = overall(metrics)
     # At the steps of the trace, so that the report comes to the same alarms.
-    started = _MONITOR.observe(observation(iteration, args, layers)) if to_console else []
+    seen = observation(iteration, args, layers)
+    started = _MONITOR.observe(seen) if to_console else []
     if to_writers:
         _write_scalars(iteration, args, metrics, summary)
     if to_console:
         print(console_line(iteration, summary, next(iter(layers.values())).phase), flush=True)
         if et.trace_dir is not None:
-            _append_trace(Path(et.trace_dir), iteration, args, layers)
+            traces = {number: batch.trace() for number, batch in layers.items()}
+            trace.append(Path(et.trace_dir), seen, args.num_experts, traces)
     for group in grouped(started):
         _announce(iteration, group)
 
@@ -105,9 +104,9 @@ def gather_layers(args: Any) -> dict[int, LayerBatch]:
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         torch.distributed.all_reduce(packed_LW, group=group)
-    packed_LW = packed_LW.cpu()
+    packed_LW, et = packed_LW.cpu(), ExpertThresholdConfig.from_args(args)
     present = packed_LW[:, -1].nonzero().flatten().tolist()
-    return {row + 1: LayerBatch.unpack(packed_LW[row, :-1], args.num_experts) for row in present}
+    return {row + 1: LayerBatch.unpack(packed_LW[row, :-1], args.num_experts, et) for row in present}
 
 
 def console_line(iteration: int, summary: Mapping[str, float], phase: str) -> str:
@@ -177,29 +176,3 @@ def _write_scalars(
             writer.add_scalar(name, value, iteration)
     if (wandb := get_wandb_writer()) is not None:
         wandb.log(scalars, iteration)
-
-
-def _append_trace(folder: Path, iteration: int, args: Any, layers: Mapping[int, LayerBatch]) -> None:
-    first = next(iter(layers.values()))
-    line = {
-        "schema": TRACE_SCHEMA,
-        "step": iteration,
-        "phase": first.phase,
-        "tokens": int(first.counts.tokens),
-        "topk": args.moe_router_topk,
-        "num_experts": args.num_experts,
-        "layers": {str(number): batch.trace() for number, batch in layers.items()},
-    }
-    append_line(folder / TRACE_FILE, json.dumps(line))
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line; a last line that a killed process left unfinished is dropped first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode() + b"\n")

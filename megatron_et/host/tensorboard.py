@@ -13,7 +13,7 @@ import torch
 
 from megatron_et import __version__
 from megatron_et.host.versions import megatron_version
-from megatron_et.observe.report.tags import VERSIONS_TEXT
+from megatron_et.observe.trace import VERSIONS_TEXT
 
 _LAID_OUT: "weakref.WeakSet[Any]" = weakref.WeakSet()
 

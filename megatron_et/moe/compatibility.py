@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_et.config import ConfigError, ExpertThresholdConfig
 from megatron_et.moe import cuda_graphs
-from megatron_et.moe.fanout import expert_shards, fanout_bound, uses_deepep
+from megatron_et.moe.settings import expert_shards, fanout_bound, uses_deepep
 
 
 @dataclass(frozen=True)

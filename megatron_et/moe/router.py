@@ -4,7 +4,6 @@ Dimension letters: T tokens of this rank's micro-batch, E experts.
 """
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, override
 
 import torch
@@ -13,41 +12,20 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_et.config import ConfigError, ExpertThresholdConfig
 from megatron_et.moe import compatibility
-from megatron_et.moe.cuda_graphs import captures_router
-from megatron_et.moe.dropping import drop_over_capacity
-from megatron_et.moe.fanout import bounded
-from megatron_et.rule import threshold
+from megatron_et.moe.dispatchers import drop_over_capacity
+from megatron_et.moe.settings import bounded, resolve_config
 from megatron_et.rule.kernels import load_kernels
 from megatron_et.rule.quantile import (
     Count,
     capacity_bounds,
     capacity_loads,
     expected_load,
-    kth_largest_of_ranks,
+    kth_largest_of_parts,
 )
 from megatron_et.rule.routing import expert_threshold
-from megatron_et.rule.schedule import capacity_on_device, settled
+from megatron_et.rule.schedule import capacity, final_capacity, settled
 from megatron_et.rule.statistics import BatchRecord, RouterStatistics
 from megatron_et.rule.threshold import ThresholdEMA
-
-CONFIG_ATTRIBUTE = "expert_threshold"
-"""Attribute of a TransformerConfig that holds an ExpertThresholdConfig, for users without
-megatron.training."""
-
-
-def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
-    """Settings for a layer: the TransformerConfig's attribute, else Megatron's global arguments, else plain
-    top-k; with the bound on the fan-out that the dispatcher needs."""
-    attached = getattr(transformer_config, CONFIG_ATTRIBUTE, None)
-    if attached is not None:
-        return bounded(attached, transformer_config)
-    try:
-        from megatron.training.global_vars import get_args
-
-        return bounded(ExpertThresholdConfig.from_args(get_args()), transformer_config)
-    except (ImportError, AssertionError):
-        # No megatron.training, or its arguments were never parsed.
-        return ExpertThresholdConfig()
 
 
 def _mtp_keyword(is_mtp_layer: bool) -> dict[str, bool]:
@@ -78,9 +56,6 @@ class ExpertThresholdRouter(TopKRouter):
         ConfigError: a setting that ET does not run with, saying what to change.
     """
 
-    committed_batches: torch.Tensor
-    """[1] int64, global batches that have moved the thresholds; drives the warm-up and survives resume."""
-
     def __init__(
         self,
         config: Any,
@@ -105,23 +80,10 @@ class ExpertThresholdRouter(TopKRouter):
         # Like Megatron's own router buffers: the weight may still be on the CPU here.
         device = torch.cuda.current_device()
         self.thresholds = ThresholdEMA(self.num_experts, et_config.ema_decay, device=device)
-        self.register_buffer("committed_batches", torch.zeros(1, dtype=torch.int64, device=device))
-        self._committed_batches_on_host: int | None = 0
-        self.statistics = RouterStatistics(
-            self.num_experts, self.topk, quantile=et_config.quantile, device=device
-        )
+        self.statistics = RouterStatistics(self.num_experts, self.topk, device=device)
         self.last_batch: BatchRecord | None = None
-        self._in_graph = captures_router(config)
         kernels = load_kernels(et_config, self.num_experts, self.thresholds.value)
         self._route, self._select = kernels.route, kernels.select
-
-    @property
-    def num_committed_batches(self) -> int:
-        """`committed_batches` as an int. Read from the device once after a load; commits keep it in step on
-        the host."""
-        if self._committed_batches_on_host is None:
-            self._committed_batches_on_host = int(self.committed_batches.item())
-        return self._committed_batches_on_host
 
     @override
     def gating(self, input: torch.Tensor) -> torch.Tensor:
@@ -177,8 +139,6 @@ class ExpertThresholdRouter(TopKRouter):
         else:
             counters = self.statistics.counters(self.thresholds) if counted else None
             gates_TE, routing_map_TE = self._route(logits_TE, thresholds_E, **settings, counters=counters)
-            if counters is not None and counters.histogram is None:
-                self.statistics.add_to_pool(logits_TE.detach(), self.thresholds, padding_mask_T)
         return self._for_dispatch(gates_TE, routing_map_TE)
 
     def _for_dispatch(
@@ -205,50 +165,56 @@ class ExpertThresholdRouter(TopKRouter):
     def _bounds(
         self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self._in_graph and not settled(self.et_config, self.num_committed_batches):
-            return self._changing_bounds(logits_TE, padding_mask_T)
-        capacity = self.et_config.capacity(self.num_committed_batches)
-        if capacity is None:
-            return None
-        if self.et_config.pool == "global":
-            return self._global_bounds(logits_TE, capacity, padding_mask_T)
-        k = self._expected_load(logits_TE, padding_mask_T)
-        return capacity_bounds(logits_TE, k, capacity, padding_mask_T=padding_mask_T, select=self._select)
-
-    def _changing_bounds(
-        self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A graph captured now is still replayed when the capacity has changed or gone: both are read on the
-        # device, and no bounds are infinite ones.
-        capacity, in_force = capacity_on_device(self.et_config, self.committed_batches)
-        k = self._expected_load(logits_TE, padding_mask_T)
-        lower_E, upper_E = capacity_bounds(
-            logits_TE, k, capacity, padding_mask_T=padding_mask_T, select=self._select
-        )
+        et = self.et_config
+        if settled(et, self.thresholds.updates_on_host()):
+            constant = final_capacity(et)
+            return None if constant is None else self._bounds_at(constant, logits_TE, padding_mask_T)
+        # On the device: a graph captured now is still replayed when the capacity has changed or gone, and no
+        # bounds are infinite ones.
+        factor, in_force = capacity(et, self.thresholds.num_updates)
+        lower_E, upper_E = self._bounds_at(factor, logits_TE, padding_mask_T)
         return lower_E.where(in_force, -torch.inf), upper_E.where(in_force, torch.inf)
+
+    def _bounds_at(
+        self,
+        factor: float | torch.Tensor,
+        logits_TE: torch.Tensor,
+        padding_mask_T: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.et_config.pool == "global":
+            return self._global_bounds(logits_TE, factor, padding_mask_T)
+        k = self._expected_load(logits_TE, padding_mask_T)
+        return capacity_bounds(logits_TE, k, factor, padding_mask_T=padding_mask_T, select=self._select)
 
     def _expected_load(self, logits_TE: torch.Tensor, padding_mask_T: torch.Tensor | None) -> Count:
         num_tokens = logits_TE.shape[0] if padding_mask_T is None else (~padding_mask_T).sum()
         return expected_load(num_tokens, self.topk, self.num_experts)
 
     def _global_bounds(
-        self, logits_TE: torch.Tensor, capacity: float, padding_mask_T: torch.Tensor | None
+        self,
+        logits_TE: torch.Tensor,
+        factor: float | torch.Tensor,
+        padding_mask_T: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         def loads(num_tokens: torch.Tensor) -> list[torch.Tensor]:
             k = expected_load(num_tokens, self.topk, self.num_experts)
-            fewest, most = capacity_loads(k, capacity)
-            return (
-                [torch.as_tensor(fewest), torch.as_tensor(most)] if capacity > 0.0 else [torch.as_tensor(k)]
-            )
+            if not isinstance(factor, torch.Tensor) and factor == 0.0:
+                return [torch.as_tensor(k)]
+            return [torch.as_tensor(load).reshape(()) for load in capacity_loads(k, factor)]
 
-        cutoffs = kth_largest_of_ranks(logits_TE, loads, self.tp_dp_cp_group, padding_mask_T=padding_mask_T)
+        cutoffs = kth_largest_of_parts(logits_TE, loads, self._add_up, padding_mask_T=padding_mask_T)
         return cutoffs[-1], cutoffs[0]
+
+    def _add_up(self, counts: torch.Tensor) -> None:
+        group = self.tp_dp_cp_group
+        if group is not None and group.size() > 1:
+            torch.distributed.all_reduce(counts, group=group)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Routers with equal kinds are reduced together: their statistics have one layout and one rule."""
         et = self.et_config
-        return self.num_experts, self.topk, et.quantile, et.guard, et.ema_decay, et.router_type
+        return self.num_experts, self.topk, et.guard, et.ema_decay
 
     @property
     def name(self) -> str:
@@ -257,7 +223,7 @@ class ExpertThresholdRouter(TopKRouter):
 
     def state_keys(self, prefix: str) -> list[str]:
         """Names of this class's own entries in a state dict."""
-        return [prefix + name for name in (*_THRESHOLD_BUFFERS, "committed_batches")]
+        return [prefix + name for name in _THRESHOLD_BUFFERS]
 
     @override
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -273,23 +239,14 @@ class ExpertThresholdRouter(TopKRouter):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        self._committed_batches_on_host = None
+        # Of checkpoints from before it was one with `thresholds.num_updates`.
+        state_dict.pop(prefix + "committed_batches", None)
         if LoadingWithoutThresholds.active:
             # Fresh thresholds are this router's own, as built: putting them in keeps a strict load strict for
             # all else.
             own = self.state_dict(prefix=prefix)
             state_dict.update({key: own[key].detach().clone() for key in self.state_keys(prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-@torch.no_grad()
-def commit_all(routers: Sequence[ExpertThresholdRouter]) -> None:
-    """Take over the proposed thresholds of routers of one kind: the global batch counted."""
-    on_host = [router.num_committed_batches for router in routers]
-    threshold.commit_all([router.thresholds for router in routers])
-    torch._foreach_add_([router.committed_batches for router in routers], 1)
-    for router, committed in zip(routers, on_host, strict=True):
-        router._committed_batches_on_host = committed + 1
 
 
 class LoadingWithoutThresholds:

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_et.errors import NonFiniteLogitsError
-from megatron_et.moe.router import ExpertThresholdRouter, commit_all
+from megatron_et.moe.router import ExpertThresholdRouter
+from megatron_et.rank_zero import say
 from megatron_et.rule import threshold
+from megatron_et.rule.schedule import settled
 from megatron_et.rule.statistics import BatchCounts, BatchRecord
 
 
@@ -31,13 +33,12 @@ class PendingReduction:
 
     routers: Sequence[ExpertThresholdRouter]
     integers: torch.Tensor
-    reals: torch.Tensor
-    handles: Sequence["torch.distributed.Work"]
+    handle: "torch.distributed.Work | None"
 
     def wait(self) -> None:
         """Until it is done. On a GPU the current stream waits, not the host."""
-        for handle in self.handles:
-            handle.wait()
+        if self.handle is not None:
+            self.handle.wait()
 
 
 def routers_of(model_chunks: Iterable[torch.nn.Module] | torch.nn.Module) -> list[ExpertThresholdRouter]:
@@ -56,20 +57,14 @@ def start_reduction(routers: Sequence[ExpertThresholdRouter]) -> PendingReductio
     """
     if not routers:
         return None
-    integers = torch.cat([part for router in routers for part in router.statistics.integer_parts])
-    reals = torch.cat([router.statistics.estimator.reals for router in routers])
-    # By dtype: a list of several is zeroed one by one.
-    torch._foreach_zero_([part for router in routers for part in router.statistics.integer_parts])
-    torch._foreach_zero_([router.statistics.estimator.reals for router in routers])
+    parts = [part for router in routers for part in router.statistics.integer_parts]
+    integers = torch.cat(parts)
+    torch._foreach_zero_(parts)
     group = routers[0].tp_dp_cp_group
-    handles = []
+    handle = None
     if group is not None and torch.distributed.is_initialized() and group.size() > 1:
-        handles = [
-            torch.distributed.all_reduce(tensor, group=group, async_op=True)
-            for tensor in (integers, reals)
-            if tensor.numel() > 0
-        ]
-    return PendingReduction(routers, integers, reals, handles)
+        handle = torch.distributed.all_reduce(integers, group=group, async_op=True)
+    return PendingReduction(routers, integers, handle)
 
 
 @torch.no_grad()
@@ -79,16 +74,13 @@ def finish_reduction(pending: PendingReduction | None) -> None:
     if pending is None:
         return
     pending.wait()
-    nonfinite, first_integer, first_real = [], 0, 0
+    to_host, first = [], 0
     for routers in _by_kind(pending.routers):
-        integer_size, real_size = routers[0].statistics.sizes()
-        after_integers = first_integer + len(routers) * integer_size
-        after_reals = first_real + len(routers) * real_size
-        integers_LN = pending.integers[first_integer:after_integers].view(len(routers), integer_size)
-        reals_LN = pending.reals[first_real:after_reals].view(len(routers), real_size)
-        nonfinite.append(_propose(routers, integers_LN, reals_LN))
-        first_integer, first_real = after_integers, after_reals
-    _NONFINITE.send(pending.routers, torch.cat(nonfinite))
+        size = routers[0].statistics.size()
+        after = first + len(routers) * size
+        to_host.append(_propose(routers, pending.integers[first:after].view(len(routers), size)))
+        first = after
+    _ON_HOST.send(pending.routers, torch.cat(to_host))
 
 
 def abandon_reduction(pending: PendingReduction | None) -> None:
@@ -102,18 +94,18 @@ def _by_kind(routers: Sequence[ExpertThresholdRouter]) -> list[list[ExpertThresh
     return [list(alike) for _, alike in itertools.groupby(routers, key=lambda router: router.kind)]
 
 
-def _propose(
-    routers: Sequence[ExpertThresholdRouter], integers_LN: torch.Tensor, reals_LN: torch.Tensor
-) -> torch.Tensor:
-    """Candidates and records of routers of one kind from their reduced statistics; returns the numbers of
-    non-finite logits [L]."""
+def _propose(routers: Sequence[ExpertThresholdRouter], integers_LN: torch.Tensor) -> torch.Tensor:
+    """Candidates and records of routers of one kind from their reduced statistics.
+
+    Returns:
+        what the host has to know of each, [L, 2] int64: non-finite logits, updates once committed.
+    """
     emas = [router.thresholds for router in routers]
-    statistics, et = routers[0].statistics, routers[0].et_config
     now = threshold.stacked(emas)
-    centers_LE = now["last_cutoff"]
-    counts, cutoffs_LE, valid_L1 = statistics.reduced(integers_LN, reals_LN, centers_LE)
-    band = None if et.guard is None else statistics.band(integers_LN, counts.tokens, centers_LE, et.guard)
-    threshold.propose_all(emas, now, cutoffs_LE, valid=valid_L1, band=band)
+    counts, cutoffs_LE, valid_L1, band = routers[0].statistics.reduced(
+        integers_LN, now["last_cutoff"], routers[0].et_config.guard
+    )
+    updates_L1 = threshold.propose_all(emas, now, cutoffs_LE, valid=valid_L1, band=band)
     routed_by_LE = now["value"].where(now["num_updates"] > 0, torch.nan)
     known_LE = cutoffs_LE.where(valid_L1, torch.nan)
     restarted_L1 = threshold.recently_restarted(now)
@@ -122,10 +114,10 @@ def _propose(
             counts=BatchCounts(*(part[layer] for part in vars(counts).values())),
             thresholds_E=routed_by_LE[layer],
             cutoffs_E=known_LE[layer],
-            phase=router.et_config.phase(router.num_committed_batches),
+            num_updates=now["num_updates"][layer],
             restarted=restarted_L1[layer],
         )
-    return counts.nonfinite.flatten()
+    return torch.cat([counts.nonfinite_E.sum(dim=1, keepdim=True), updates_L1], dim=1)
 
 
 def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
@@ -136,9 +128,22 @@ def commit(routers: Sequence[ExpertThresholdRouter]) -> None:
     """
     if not routers:
         return
-    _NONFINITE.check()
-    for alike in _by_kind(routers):
-        commit_all(alike)
+    updates = _ON_HOST.check()
+    threshold.commit_all([router.thresholds for router in routers])
+    for router, num_updates in updates:
+        _say_if_routed_by_another(router, num_updates)
+        router.thresholds.saw(num_updates)
+
+
+def _say_if_routed_by_another(router: ExpertThresholdRouter, num_updates: int) -> None:
+    """One batch is routed without the warm-up when it was put back where the host could not see it."""
+    taken_for, et = router.thresholds.seen, router.et_config
+    if settled(et, taken_for) and not settled(et, num_updates - 1):
+        say(
+            f"{router.name}: its thresholds were put back from {taken_for} to {num_updates - 1} updates by a "
+            "write that torch does not count (a broadcast, .data), and one global batch was routed without "
+            "the warm-up. Load with copy_ or load_state_dict."
+        )
 
 
 def discard(routers: Sequence[ExpertThresholdRouter]) -> None:
@@ -154,7 +159,7 @@ def discard(routers: Sequence[ExpertThresholdRouter]) -> None:
 def uncounted(routers: Sequence[ExpertThresholdRouter]) -> Iterator[None]:
     """Forward passes inside leave no trace in the statistics of the global batch, as those that only warm up
     a CUDA graph."""
-    accumulators = [tensor for router in routers for tensor in router.statistics.accumulators]
+    accumulators = [tensor for router in routers for tensor in router.statistics.integer_parts]
     before = [tensor.clone() for tensor in accumulators]
     try:
         yield
@@ -193,14 +198,14 @@ def raise_if_nonfinite_locally(routers: Sequence[ExpertThresholdRouter]) -> None
     """
     for router in routers:
         counts = BatchCounts.split(router.statistics.counts, router.num_experts)
-        _raise_if_nonfinite(router, int(counts.nonfinite))
+        _raise_if_nonfinite(router, int(counts.nonfinite_E.sum()))
 
 
 def _raise_if_nonfinite(router: ExpertThresholdRouter, nonfinite: int) -> None:
     if nonfinite:
         raise NonFiniteLogitsError(
             f"{nonfinite} router logits of {router.name} were NaN or infinite in global batch "
-            f"{router.num_committed_batches + 1}; thresholds were left as they are. Look for the first "
+            f"{int(router.thresholds.num_updates) + 1}; thresholds were left as they are. Look for the first "
             "layer with "
             "non-finite activations (--check-for-nan-in-loss-and-grad is Megatron's own check), lower the "
             "learning rate, or "
@@ -208,11 +213,11 @@ def _raise_if_nonfinite(router: ExpertThresholdRouter, nonfinite: int) -> None:
         )
 
 
-class _NonFiniteCounts:
-    """Brings the counts of non-finite logits to the host without a synchronisation of its own.
+class _OnHost:
+    """Brings a few numbers of each router to the host without a synchronisation of its own.
 
-    The copy starts when the counts are known; it is read at commit, after the optimizer step, where Megatron
-    has already waited for the device.
+    The copy starts when they are known; it is read at commit, after the optimizer step, where Megatron has
+    already waited for the device.
     """
 
     def __init__(self) -> None:
@@ -220,24 +225,26 @@ class _NonFiniteCounts:
         self._host: torch.Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
 
-    def send(self, routers: Sequence[ExpertThresholdRouter], nonfinite_L: torch.Tensor) -> None:
+    def send(self, routers: Sequence[ExpertThresholdRouter], numbers_L2: torch.Tensor) -> None:
         self._routers = routers
-        if nonfinite_L.is_cuda:
-            self._host = torch.empty(nonfinite_L.shape, dtype=nonfinite_L.dtype, pin_memory=True)
-            self._host.copy_(nonfinite_L, non_blocking=True)
+        if numbers_L2.is_cuda:
+            self._host = torch.empty(numbers_L2.shape, dtype=numbers_L2.dtype, pin_memory=True)
+            self._host.copy_(numbers_L2, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
         else:
-            self._host, self._arrived = nonfinite_L, None
+            self._host, self._arrived = numbers_L2, None
 
-    def check(self) -> None:
+    def check(self) -> list[tuple[ExpertThresholdRouter, int]]:
+        """Routers with their updates once committed. Raises NonFiniteLogitsError."""
         if self._host is None:
-            return
+            return []
         if self._arrived is not None:
             self._arrived.synchronize()
-        nonfinite, self._host = self._host.flatten().tolist(), None
-        for router, count in zip(self._routers, nonfinite, strict=True):
-            _raise_if_nonfinite(router, count)
+        numbers, self._host = self._host.tolist(), None
+        for router, (nonfinite, _) in zip(self._routers, numbers, strict=True):
+            _raise_if_nonfinite(router, nonfinite)
+        return [(router, updates) for router, (_, updates) in zip(self._routers, numbers, strict=True)]
 
 
-_NONFINITE = _NonFiniteCounts()
+_ON_HOST = _OnHost()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_et.config import ExpertThresholdConfig
+from megatron_et.rule.schedule import phase
 from megatron_et.rule.statistics import BatchCounts, BatchRecord
-
-PHASES = ("warmup", "anneal", "threshold")
 
 # How one number for the whole model is made of the layers' numbers.
 METRICS: dict[str, str] = {
@@ -43,11 +43,16 @@ def pack(record: BatchRecord) -> torch.Tensor:
     """One layer's record as a vector [W] fp64, which holds counts up to 2**53 exactly; summed with zeros over
     PP ranks."""
     counts = torch.cat([getattr(record.counts, name) for name in BatchCounts.__dataclass_fields__]).double()
-    phase = counts.new_tensor([PHASES.index(record.phase)])
     # NaN (a batch without a quantile) would survive the sum over pipeline stages: it travels as it is, rows
     # are disjoint.
     return torch.cat(
-        [counts, record.thresholds_E.double(), record.cutoffs_E, phase, record.restarted.double()]
+        [
+            counts,
+            record.thresholds_E.double(),
+            record.cutoffs_E,
+            record.num_updates.double(),
+            record.restarted.double(),
+        ]
     )
 
 
@@ -62,16 +67,16 @@ class LayerBatch:
     restarted: int
 
     @classmethod
-    def unpack(cls, packed_W: torch.Tensor, num_experts: int) -> "LayerBatch":
+    def unpack(cls, packed_W: torch.Tensor, num_experts: int, et: ExpertThresholdConfig) -> "LayerBatch":
         """Inverse of `pack`."""
-        counts, thresholds_E, cutoffs_E, phase, restarted = packed_W.cpu().split(
+        counts, thresholds_E, cutoffs_E, num_updates, restarted = packed_W.cpu().split(
             [BatchCounts.size(num_experts), num_experts, num_experts, 1, 1]
         )
         return cls(
             BatchCounts.split(counts.long(), num_experts),
             thresholds_E,
             cutoffs_E,
-            PHASES[int(phase)],
+            phase(et, int(num_updates)),
             int(restarted),
         )
 

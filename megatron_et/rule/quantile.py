@@ -1,8 +1,8 @@
 """Pool quantiles: which logit is the k-th largest of an expert.
 
-Three answers to one question: `kth_largest` of a pool that is at hand, `kth_largest_of_ranks` of a pool that
+Three answers to one question: `kth_largest` of a pool that is at hand, `kth_largest_of_parts` of a pool that
 is spread over ranks (exact, without gathering logits), and `Histogram` of a pool that is spread over
-micro-batches and ranks (to within a bin, with one reduction at the end).
+micro-batches and ranks (to within a bin, with one reduction at the end). Nothing here communicates.
 
 Dimension letters: T tokens of the pool, E experts, B bins, Q quantiles asked for at once.
 """
@@ -165,25 +165,24 @@ def _logits_of_keys(keys: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kth_largest_of_ranks(
+def kth_largest_of_parts(
     logits_TE: torch.Tensor,
     loads: Callable[[torch.Tensor], Sequence[torch.Tensor]],
-    group: "torch.distributed.ProcessGroup | None",
+    add_up: Callable[[torch.Tensor], None],
     *,
     padding_mask_T: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """k-th largest logits of the pool that all ranks of a group hold together, exactly, for several k at
-    once.
+    """k-th largest logits of the pool that several ranks hold together, exactly, for several k at once.
 
     Radix selection: the 32 bits of an order-preserving key are found 8 at a time from counts summed over the
-    ranks. Four all-reduces of [Q, E, 256] integers, whatever the number of tokens; every rank must call it,
-    with or without tokens.
+    ranks. Four sums of [Q, E, 256] int32, whatever the number of tokens; every rank must call it, with or
+    without tokens.
 
     Args:
         logits_TE: [tokens, experts] fp32 of this rank.
         loads: gives the wanted k, int64 scalars, from N, the pool's number of tokens (an int64 scalar on the
             device).
-        group: ranks that share the pool; None or one rank: this rank's tokens.
+        add_up: sums a tensor over the ranks that share the pool, in place.
         padding_mask_T: [tokens] bool, True for tokens that do not belong to the pool.
 
     Returns:
@@ -193,20 +192,19 @@ def kth_largest_of_ranks(
     buckets = 1 << RADIX_BITS
     keys_TE = _ordered_keys(logits_TE)
     row_E = torch.arange(num_experts, device=logits_TE.device) * buckets
-    valid_T = 1 if padding_mask_T is None else (~padding_mask_T).long().unsqueeze(1)
+    valid_T = 1 if padding_mask_T is None else (~padding_mask_T).int().unsqueeze(1)
     # The digits found so far. None at first, so that every key agrees with them, for whichever k.
     prefix_QE = torch.zeros(1, num_experts, dtype=torch.int64, device=logits_TE.device)
     wanted_QE = remaining_QE = prefix_QE
     for shift in range(32 - RADIX_BITS, -1, -RADIX_BITS):
         bucket_TE = ((keys_TE >> shift) & (buckets - 1)) + row_E
         counts = torch.zeros(
-            len(prefix_QE), num_experts * buckets, dtype=torch.int64, device=logits_TE.device
+            len(prefix_QE), num_experts * buckets, dtype=torch.int32, device=logits_TE.device
         )
         for counts_EB, prefix_E in zip(counts, prefix_QE, strict=True):
-            candidate_TE = (keys_TE >> (shift + RADIX_BITS) == prefix_E).long() * valid_T
+            candidate_TE = (keys_TE >> (shift + RADIX_BITS) == prefix_E).int() * valid_T
             counts_EB.index_add_(0, bucket_TE.reshape(-1), candidate_TE.reshape(-1))
-        if group is not None and group.size() > 1:
-            torch.distributed.all_reduce(counts, group=group)
+        add_up(counts)
         descending_QEB = counts.view(-1, num_experts, buckets).flip(2)
         if shift == 32 - RADIX_BITS:
             total = descending_QEB[0, 0].sum()
@@ -225,8 +223,8 @@ def kth_largest_of_ranks(
 
 
 class Histogram:
-    """Integer counts of an expert's logits in bins around a centre; quantiles of any merged pool come from
-    them.
+    """Integer counts (int32: pools of less than 2^31 tokens) of an expert's logits in bins around a centre;
+    quantiles of any merged pool come from them.
 
     Bins are spaced log-linearly on both sides of the centre: 16 in every octave of |logit - centre|, from
     2^-20 to 2^12 for 1,024 bins. They are fine where the quantile is expected and reach everywhere: the
@@ -259,7 +257,7 @@ class Histogram:
         self.centers_E = (
             torch.zeros(num_experts, device=device) if centers is None else centers.detach().float().clone()
         )
-        self.counts_EB = torch.zeros(num_experts, bins, dtype=torch.int64, device=self.centers_E.device)
+        self.counts_EB = torch.zeros(num_experts, bins, dtype=torch.int32, device=self.centers_E.device)
 
     @classmethod
     def of_counts(cls, counts_EB: torch.Tensor, centers_E: torch.Tensor) -> "Histogram":
@@ -296,7 +294,7 @@ class Histogram:
         if padding_mask is None:
             weights = self.counts_EB.new_ones(1).expand(bin_TE.numel())  # no copy
         else:
-            weights = (~padding_mask).long().unsqueeze(1).expand(bin_TE.shape).reshape(-1)
+            weights = (~padding_mask).int().unsqueeze(1).expand(bin_TE.shape).reshape(-1)
         self.counts_EB.view(-1).index_add_(0, bin_TE.reshape(-1), weights)
 
     @property
@@ -329,13 +327,13 @@ class Histogram:
         """`kth_largest` for several k from one sum over the bins."""
         device = self.counts_EB.device
         # Tokens up to and in each bin: the only temporary of the size of the counts, which many layers share.
-        upto_EB = self.counts_EB.cumsum(dim=-1)
-        total_E1 = upto_EB[..., -1:]
+        upto_EB = self.counts_EB.cumsum(dim=-1, dtype=torch.int32)
+        total_E1 = upto_EB[..., -1:].long()
         # broadcast_to and not expand: one k may stand for all experts, or for all of a layer.
         wanted = [torch.as_tensor(k, device=device).broadcast_to(total_E1.shape[:-1]) for k in ks]
         k_EQ = torch.minimum(torch.stack(wanted, dim=-1), total_E1)
         # The bins that hold, together with those below them, tokens below the k largest only.
-        bin_EQ = torch.searchsorted(upto_EB, total_E1 - k_EQ, right=True).clamp_(max=self.bins - 1)
+        bin_EQ = torch.searchsorted(upto_EB, (total_E1 - k_EQ).int(), right=True).clamp_(max=self.bins - 1)
         inside_EQ = self.counts_EB.gather(-1, bin_EQ)
         above_EQ = total_E1 - upto_EB.gather(-1, bin_EQ)
         edges = self.edges()

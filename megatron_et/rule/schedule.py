@@ -1,8 +1,9 @@
-"""The capacity schedule for a router inside a CUDA graph: computed on the device from the number of committed
-batches, since a Python branch would stay as it was when the graph was captured.
+"""Warm-up, annealing and capacity over a training: one schedule, driven by the number of updates that the
+thresholds have really had.
 
-`ExpertThresholdConfig.capacity` is the same schedule for a router that runs eagerly; both give the same
-numbers, bit for bit (tests/unit/moe/test_cuda_graph.py).
+It is computed on the device, from the thresholds' own buffer: nothing on the host has to keep up with a
+checkpoint that is loaded, broadcast or refitted into it, and a CUDA graph that was captured in the warm-up
+lasts through its end.
 """
 
 import torch
@@ -10,34 +11,47 @@ import torch
 from megatron_et.config import ExpertThresholdConfig
 
 
-def settled(et: ExpertThresholdConfig, committed_batches: int) -> bool:
-    """Whether `et.capacity(committed_batches)` stays what it is for the rest of the training, so that a graph
-    may hold it as a constant."""
-    return et.router_type == "expert-choice" or committed_batches >= et.warmup_steps + et.warmup_anneal_steps
+def phase(et: ExpertThresholdConfig, num_updates: int) -> str:
+    """Name of the phase that routes the next training batch: warmup, anneal or threshold."""
+    if et.router_type == "expert-choice" or num_updates < et.warmup_steps:
+        return "warmup"
+    return "anneal" if num_updates < et.warmup_steps + et.warmup_anneal_steps else "threshold"
 
 
-def capacity_on_device(
-    et: ExpertThresholdConfig, committed_batches: torch.Tensor
+def settled(et: ExpertThresholdConfig, num_updates: int) -> bool:
+    """Whether the capacity stays `final_capacity` for the rest of the training."""
+    return et.router_type == "expert-choice" or num_updates >= et.warmup_steps + et.warmup_anneal_steps
+
+
+def final_capacity(et: ExpertThresholdConfig) -> float | None:
+    """Capacity factor C of a settled schedule; None means that nothing bounds the load."""
+    return 0.0 if et.router_type == "expert-choice" else et.capacity_factor
+
+
+def capacity(
+    et: ExpertThresholdConfig, num_updates: torch.Tensor
 ) -> tuple[float | torch.Tensor, torch.Tensor]:
     """Capacity factor C in force for the next training batch, without a branch on the host.
 
+    0 in the warm-up (Expert Choice). While annealing it grows from 0 to the training capacity: linearly to a
+    finite one, and as x / (1 - x) of the annealed share x to an infinite one, so that neither end jumps.
+
     Args:
         et: settings of --moe-router-type expert-threshold.
-        committed_batches: [1] int64, global batches that have already moved the thresholds.
+        num_updates: [1] int64, updates that the thresholds have had.
 
     Returns:
         capacity, [1] fp64, or the number 0.0 where it is 0 as long as anything is bounded;
         bounded [1] bool, False where nothing bounds the load.
     """
-    annealed = committed_batches - et.warmup_steps
+    annealed = num_updates - et.warmup_steps
     if et.capacity_factor is None:
         bounded = annealed < et.warmup_anneal_steps
         if et.warmup_anneal_steps == 0:
             return 0.0, bounded
     else:
         bounded = torch.ones_like(annealed, dtype=torch.bool)
-    # The same operations in the same order as on the host, in fp64 as there.
     share = annealed.double() / max(et.warmup_anneal_steps, 1)
     annealing = share / (1.0 - share) if et.capacity_factor is None else share * et.capacity_factor
-    capacity = torch.where(annealed < et.warmup_anneal_steps, annealing, et.capacity_factor or 0.0)
-    return torch.where(annealed < 0, 0.0, capacity), bounded
+    now = torch.where(annealed < et.warmup_anneal_steps, annealing, et.capacity_factor or 0.0)
+    return torch.where(annealed < 0, 0.0, now), bounded

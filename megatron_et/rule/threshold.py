@@ -65,6 +65,28 @@ class ThresholdEMA(torch.nn.Module):
         self.register_buffer("restarted_at", torch.zeros(num_experts, dtype=torch.int64, device=device))
         self.register_buffer("violations", torch.zeros(num_experts, dtype=torch.int64, device=device))
         self._candidate: dict[str, torch.Tensor] | None = None
+        self.saw(0)
+
+    def updates_on_host(self) -> int:
+        """`num_updates` as an int, without waiting for the device in a step.
+
+        It is what `saw` was told, as long as the buffer is the same and nothing that torch counts as a write
+        has changed it (a load, a copy). A write that torch does not count (a broadcast, `.data`) is seen at
+        the next `saw`, one global batch later.
+        """
+        buffer = self.num_updates
+        if self._seen[0] is not buffer or self._seen[1] != buffer._version:
+            self.saw(int(buffer))
+        return self.seen
+
+    @property
+    def seen(self) -> int:
+        """The last that `saw` was told."""
+        return self._seen[2]
+
+    def saw(self, num_updates: int) -> None:
+        """What the buffer holds now, from a caller that has it on the host already."""
+        self._seen = (self.num_updates, self.num_updates._version, num_updates)
 
     @property
     def has_candidate(self) -> bool:
@@ -152,7 +174,7 @@ def propose_all(
     *,
     valid: torch.Tensor | None = None,
     band: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> None:
+) -> torch.Tensor:
     """`ThresholdEMA.propose` for several layers of one size and decay at once: as many operations as for one.
 
     Args:
@@ -161,6 +183,9 @@ def propose_all(
         cutoffs_LE: [L, E] ([E] will do for one).
         valid: [L, 1] bool.
         band: (lower, upper), each [L, E].
+
+    Returns:
+        `num_updates` once committed, [L, 1] int64.
     """
     decay = emas[0].decay
     updates = now["num_updates"] + 1
@@ -190,6 +215,7 @@ def propose_all(
         candidate = {name: torch.where(valid, new, now[name]) for name, new in candidate.items()}
     for layer, ema in enumerate(emas):
         ema._candidate = {name: new[layer] for name, new in candidate.items()}
+    return candidate["num_updates"]
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ if __name__ == "__main__":  # the guard that spawned checkpoint writers need
         assert samples == args.micro_batch_size
         start = parallel_state.get_tensor_model_parallel_rank() * positions if args.sequence_parallel else 0
         whole = stream(
-            self.num_committed_batches,
+            self.thresholds.updates_on_host(),
             self.layer_number,
             get_num_microbatches() * data_parallel * args.micro_batch_size,
             args.seq_length,

@@ -14,7 +14,11 @@ if __name__ == "__main__":
 
     def gating(self: ExpertThresholdRouter, input: torch.Tensor) -> torch.Tensor:
         logits = original(self, input)
-        if self.layer_number == 3 and self.num_committed_batches == 2 and torch.distributed.get_rank() == 1:
+        if (
+            self.layer_number == 3
+            and self.thresholds.updates_on_host() == 2
+            and torch.distributed.get_rank() == 1
+        ):
             logits = torch.where(torch.arange(logits.shape[-1]) == 5, value, logits)
         return logits
 

@@ -84,20 +84,6 @@ def test_thresholds_are_bitwise_the_same(processes: int, flags: str, fed_once: R
             assert counts[0] == [2 / 8] * 8  # Expert Choice: exactly k of every pool
 
 
-def test_the_papers_estimator_does_depend_on_the_split(fed_once: Run, tmp_path: Path) -> None:
-    """The comparison above can fail: a mean of k-th largest logits is not the same for another split."""
-    split = fed(1, f"{MBS1} --moe-et-quantile kth-largest", tmp_path / "split")
-    whole = fed(1, f"{MBS8} --moe-et-quantile kth-largest", tmp_path / "whole")
-    assert of_layers(split, "cutoff") != of_layers(whole, "cutoff")
-    # Near the quantile of the whole all the same: 64 tokens a pool against 512.
-    difference = [
-        abs(a - b)
-        for key, (cutoffs,) in of_layers(split, "cutoff").items()
-        for a, b in zip(cutoffs, of_layers(fed_once, "cutoff")[key][0], strict=True)
-    ]
-    assert 0.0 < max(difference) < 1.0
-
-
 # Without dropout, from one checkpoint: fp32 runs then differ by the order of additions alone.
 ROUTINGS = {"expert-threshold": ET_ARGS, "topk": []}
 START, END = 8, 14

@@ -22,6 +22,7 @@ from tests.distributed.runs import (
 from tests.distributed.varying_pretrain import length
 from tests.launch import words
 from tests.megatron_here import needs_training
+from tests.reference import capacity
 
 pytestmark = [pytest.mark.distributed, needs_training]
 
@@ -165,9 +166,9 @@ def test_annealing_takes_the_jump_out_of_the_switch(tmp_path: Path) -> None:
         router_type="expert-threshold", warmup_steps=warmup, warmup_anneal_steps=anneal
     )
     for step in range(warmup + 1, warmup + anneal + 1):
-        capacity = et.capacity(step - 1)
-        assert capacity is not None
-        fewest, most = capacity_loads(int(128 * TARGET), capacity)
+        in_force = capacity(et, step - 1)
+        assert in_force is not None
+        fewest, most = capacity_loads(int(128 * TARGET), in_force)
         for layer in soft.trace[step]["layers"].values():
             assert 4 * fewest <= 512 * min(layer["usage"])
             assert 512 * max(layer["usage"]) <= 4 * most

@@ -20,7 +20,7 @@ from megatron_et import __version__
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.observe.metrics import METRICS
-from megatron_et.observe.report.tags import VERSIONS_TEXT
+from megatron_et.observe.trace import VERSIONS_TEXT
 from tests.distributed.runs import (
     GPT_ARGS,
     MOE_LAYERS,

@@ -362,9 +362,8 @@ def recompute(layout: Layout, which: str) -> None:
 
 
 BOUNDARY: dict[str, dict[str, Any]] = {
-    "histogram": {"quantile": "histogram"},
-    "kth-largest": {"quantile": "kth-largest"},
-    "global pool": {"quantile": "histogram", "pool": "global"},
+    "microbatch pool": {},
+    "global pool": {"pool": "global"},
 }
 
 
@@ -380,7 +379,7 @@ def batch_boundary(layout: Layout, which: str) -> None:
     with torch.no_grad():
         router.thresholds.value.zero_()
     thresholds = ThresholdEMA(EXPERTS, 0.9, device="cpu")
-    statistics = RouterStatistics(EXPERTS, TOPK, quantile=settings["quantile"], device="cpu")
+    statistics = RouterStatistics(EXPERTS, TOPK, device="cpu")
     k = TOKENS * TOPK // EXPERTS
     for step in range(4):
         for micro_batch in range(2):
@@ -393,12 +392,11 @@ def batch_boundary(layout: Layout, which: str) -> None:
             statistics.add(logits_TE.cpu(), map_TE.cpu(), thresholds)
         assert torch.equal(router.thresholds.value.cpu(), thresholds.value)
         megatron_et.finalize_thresholds(layer)
-        assert router.num_committed_batches == router.committed_batches.item() == step + 1
-        counts, cutoffs_E, _ = statistics.reduced(
-            statistics.integers(), statistics.estimator.reals, thresholds.last_cutoff
-        )
+        assert router.thresholds.updates_on_host() == router.thresholds.num_updates.item() == step + 1
+        integers = torch.cat(statistics.integer_parts)
+        counts, cutoffs_E, _, _ = statistics.reduced(integers, thresholds.last_cutoff)
         record = router.last_batch
-        assert record.phase == ("warmup" if step < 2 else "threshold")
+        assert record.num_updates.item() == step
         assert torch.equal(record.cutoffs_E.cpu(), cutoffs_E)
         assert record.counts.usage_E.tolist() == counts.usage_E.tolist()
         thresholds.update(cutoffs_E)
@@ -429,7 +427,7 @@ def no_host_synchronisation(layout: Layout) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     commit([layer.router])
-    assert layer.router.num_committed_batches == 2
+    assert layer.router.thresholds.updates_on_host() == 2
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_et.config import Quantile
-from megatron_et.rule.quantile import capacity_bounds, expected_load, kth_largest, kth_largest_of_ranks
+from megatron_et.rule.quantile import capacity_bounds, expected_load, kth_largest, kth_largest_of_parts
 from megatron_et.rule.routing import expert_threshold, limit_fanout
 from megatron_et.rule.statistics import RouterStatistics
 from megatron_et.rule.threshold import ThresholdEMA
@@ -149,12 +148,12 @@ def test_capacity_bounds(tokens: int, experts: int, tied: bool) -> None:
 
 @sizes
 @ties
-def test_kth_largest_of_ranks(tokens: int, experts: int, tied: bool) -> None:
+def test_kth_largest_of_parts(tokens: int, experts: int, tied: bool) -> None:
     """Radix selection of the global pool equal to the CPU."""
     logits_TE = draw(tokens, experts, tied)
     wanted = [0, 1, tokens // 2, tokens, tokens + 5]
     for mask_T in (None, padding(tokens)):
-        found = kth_largest_of_ranks(
+        found = kth_largest_of_parts(
             logits_TE.cuda(),
             lambda total: [total.new_tensor(k) for k in wanted],
             None,
@@ -166,13 +165,12 @@ def test_kth_largest_of_ranks(tokens: int, experts: int, tied: bool) -> None:
 
 @sizes
 @ties
-@pytest.mark.parametrize("quantile", ["histogram", "kth-largest"])
-def test_statistics(tokens: int, experts: int, tied: bool, quantile: Quantile) -> None:
-    """Statistics of a global batch and its {quantile} cutoffs equal to the CPU."""
+def test_statistics(tokens: int, experts: int, tied: bool) -> None:
+    """Statistics of a global batch and its cutoffs equal to the CPU."""
     cpu_and_gpu = [
         (
             ThresholdEMA(experts, 0.9, device=device),
-            RouterStatistics(experts, 1, quantile=quantile, device=device),
+            RouterStatistics(experts, 1, device=device),
         )
         for device in ("cpu", "cuda")
     ]
@@ -193,12 +191,11 @@ def test_statistics(tokens: int, experts: int, tied: bool, quantile: Quantile) -
                     None if mask_T is None else mask_T.to(device),
                 )
         (ema_cpu, statistics_cpu), (ema_gpu, statistics_gpu) = cpu_and_gpu
-        same_bits(statistics_gpu.integers(), statistics_cpu.integers())
-        same_bits(statistics_gpu.estimator.reals, statistics_cpu.estimator.reals)
+        same_bits(torch.cat(statistics_gpu.integer_parts), torch.cat(statistics_cpu.integer_parts))
         results = []
         for thresholds, statistics in cpu_and_gpu:
-            _, cutoffs_E, valid = statistics.reduced(
-                statistics.integers(), statistics.estimator.reals, thresholds.last_cutoff
+            _, cutoffs_E, valid, _ = statistics.reduced(
+                torch.cat(statistics.integer_parts), thresholds.last_cutoff
             )
             thresholds.propose(cutoffs_E, valid=valid)
             thresholds.commit()
@@ -262,26 +259,25 @@ def test_sync_debug_mode_works() -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-@pytest.mark.parametrize("quantile", ["histogram", "kth-largest"])
 @pytest.mark.parametrize("phase", ["threshold", "capacity", "warm-up", "warm-up, global pool"])
-def test_no_host_synchronisation(phase: str, quantile: Quantile, padded: bool, deterministic: bool) -> None:
+def test_no_host_synchronisation(phase: str, padded: bool, deterministic: bool) -> None:
     """Routing, counting and the EMA never wait for the GPU (use_deterministic_algorithms off and on)."""
     tokens, experts, topk = 4097, 16, 2
     logits_TE = draw(tokens, experts).cuda().requires_grad_()
     upstream_TE = draw(tokens, experts, seed=1).cuda()
     mask_T = padding(tokens).cuda() if padded else None
     thresholds = ThresholdEMA(experts, 0.9, device="cuda")
-    statistics = RouterStatistics(experts, topk, quantile=quantile, device="cuda")
+    statistics = RouterStatistics(experts, topk, device="cuda")
 
     def pool_bounds() -> tuple[torch.Tensor, torch.Tensor] | None:
         """As ExpertThresholdRouter._bounds: a count on the device where there is padding."""
         if phase == "threshold":
             return None
         if phase == "warm-up, global pool":
-            (cutoffs_E,) = kth_largest_of_ranks(
+            (cutoffs_E,) = kth_largest_of_parts(
                 logits_TE.detach(),
                 lambda total: [torch.as_tensor(expected_load(total, topk, experts))],
-                None,
+                lambda _: None,
                 padding_mask_T=mask_T,
             )
             return cutoffs_E, cutoffs_E
@@ -299,8 +295,8 @@ def test_no_host_synchronisation(phase: str, quantile: Quantile, padded: bool, d
             )
             gates.backward(upstream_TE)
             statistics.add(logits_TE.detach(), routing_map, thresholds, bounds, mask_T)
-            _, cutoffs_E, valid = statistics.reduced(
-                statistics.integers(), statistics.estimator.reals, thresholds.last_cutoff
+            _, cutoffs_E, valid, _ = statistics.reduced(
+                torch.cat(statistics.integer_parts), thresholds.last_cutoff
             )
             thresholds.propose(cutoffs_E, valid=valid)
             thresholds.commit()

@@ -50,14 +50,13 @@ def main() -> None:
         compile_kernel(route.forward, {**constants, **blocks, "BLOCKS": 2}, dtype, gpu)
         normalized = {"NORMALIZED": constants["NORMALIZED"]}
         compile_kernel(route.backward, {**normalized, **blocks}, dtype, gpu)
-    bins = {"BINS": 1024, "FIRST": 1712}
+    histogram = Histogram(8)
+    bins = {"BINS": histogram.bins, "FIRST": histogram.bits_of_first_octave}
     for gpu, dtype in (("sm_80", "fp32"), ("sm_90", "fp32"), ("sm_100", "fp32"), ("sm_90", "bf16")):
         stripe = {"EXPERTS": EXPERTS_COUNTED, "BLOCK_T": TOKENS_COUNTED}
         compile_kernel(count.count, {**bins, **stripe}, dtype, gpu)
-    nothing = {"BINS": 0, "FIRST": 0, "centers": None, "histogram": None}
-    compile_kernel(count.count, {**nothing, **stripe}, "fp32", "sm_90")
     for gpu, kernel in itertools.product(
-        GPUS, (native.kernel(Histogram(8)), native.kernel(None), select.kernel())
+        GPUS, (native.kernel(histogram), native.kernel(None), select.kernel())
     ):
         code = nvrtc.compiled(gpu, kernel)
         print(f"compiled {gpu} {kernel.file} {len(code)} bytes {kernel.constants}", flush=True)

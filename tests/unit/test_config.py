@@ -31,7 +31,6 @@ def test_defaults_are_the_papers() -> None:
         ({"capacity_factor": float("nan")}, "--moe-et-capacity-factor"),
         ({"guard": 0.0}, "--moe-et-guard"),
         ({"guard": float("nan")}, "--moe-et-guard"),
-        ({"guard": 0.5, "quantile": "kth-largest"}, "--moe-et-guard"),
         ({"max_fanout": 0}, "--moe-et-max-fanout"),
         ({"gate_normalization": "softmax"}, "--moe-et-gate-normalization"),
         ({"router_type": "expert-choice", "capacity_factor": 0.5}, "--moe-et-capacity-factor"),
@@ -44,20 +43,6 @@ def test_bad_values_name_the_flag_and_the_value(knobs: dict[str, object], flag: 
     assert flag in str(error.value)
     name = next(k for k in knobs if dest_of(k) == flag.removeprefix("--").replace("-", "_"))
     assert str(knobs[name]) in str(error.value)
-
-
-def test_capacity_schedule() -> None:
-    plain = et(warmup_steps=3)
-    assert [plain.capacity(n) for n in range(5)] == [0.0, 0.0, 0.0, None, None]
-    assert [plain.phase(n) for n in (0, 2, 3)] == ["warmup", "warmup", "threshold"]
-    bounded = et(warmup_steps=2, warmup_anneal_steps=4, capacity_factor=0.5)
-    assert [bounded.capacity(n) for n in range(8)] == [0.0, 0.0, 0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
-    assert [bounded.phase(n) for n in (1, 2, 5, 6)] == ["warmup", "anneal", "anneal", "threshold"]
-    unbounded = et(warmup_steps=0, warmup_anneal_steps=4)
-    assert [unbounded.capacity(n) for n in range(5)] == [0.0, pytest.approx(1 / 3), 1.0, 3.0, None]
-    assert et(warmup_steps=0).capacity(0) is None
-    choice = ExpertThresholdConfig(router_type="expert-choice", warmup_steps=1)
-    assert [choice.capacity(n) for n in (0, 1, 10**6)] == [0.0, 0.0, 0.0]
 
 
 def test_every_field_has_a_flag_a_type_and_a_meaning() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_et.observe.report import ReportError
+from megatron_et.observe.trace import ReportError
 
 if TYPE_CHECKING:
     from megatron_et.observe.report.summary import Summary

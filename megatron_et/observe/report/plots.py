@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from megatron_et.observe.report.read import RunData
 from megatron_et.observe.report.summary import LayerHistory, Summary, in_window
-from megatron_et.observe.report.tags import TRAINING_LOSS
-from megatron_et.observe.report.trace import Floats, Ints, LayerTrace
+from megatron_et.observe.trace import TRAINING_LOSS, Floats, Ints, LayerTrace
 
 BLUE, ORANGE, VERMILLION, GREEN, PURPLE, BLACK = (
     "#0072B2",

@@ -15,15 +15,20 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_et.observe.report import ReportError
-from megatron_et.observe.report.tags import (
+from megatron_et.observe.trace import (
     BY_SAMPLES,
     OWN_TEXT,
+    TRACE_NAME,
     TRAINING_LOSS,
     VALIDATION_LOSS,
     VERSIONS_TEXT,
+    Floats,
+    Ints,
+    ReportError,
+    Trace,
+    abandoned,
+    read_traces,
 )
-from megatron_et.observe.report.trace import TRACE_NAME, Floats, Ints, Trace, abandoned, read_traces
 
 
 @dataclass(frozen=True)

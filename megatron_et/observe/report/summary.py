@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_et.observe.alarms import Alarm, Monitor
 from megatron_et.observe.report.read import RunData, Series, TensorBoard
-from megatron_et.observe.report.tags import SECONDS_PER_STEP, TRAINING_LOSS
-from megatron_et.observe.report.trace import PHASES, Floats, Ints, LayerTrace
+from megatron_et.observe.trace import PHASES, SECONDS_PER_STEP, TRAINING_LOSS, Floats, Ints, LayerTrace
 
 SUMMARY_SCHEMA = 1
 DEFAULT_WINDOW_SHARE = 0.2

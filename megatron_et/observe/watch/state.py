@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_et.observe.alarms import Array, Monitor, Observation
-from megatron_et.observe.report.tags import TRAINING_LOSS
-from megatron_et.observe.report.trace import TRACE_NAME, parse_record
+from megatron_et.observe.alarms import Monitor
+from megatron_et.observe.rules import Array, Observation
+from megatron_et.observe.trace import TRACE_NAME, TRAINING_LOSS, parse_record
 from megatron_et.observe.watch.tail import LineTail, RecordTail
 
 KEPT_STEPS = 400

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from rich.text import Text
 
-from megatron_et.observe.alarms import Alarm, Array, details, grouped, headline
-from megatron_et.observe.report.trace import TRACE_NAME
+from megatron_et.observe.alarms import Alarm, details, grouped, headline
+from megatron_et.observe.rules import Array
+from megatron_et.observe.trace import TRACE_NAME
 from megatron_et.observe.watch.state import Step, Watched
 
 PHASE_NAMES = {"warmup": "warm-up", "anneal": "anneal", "threshold": "threshold", None: "phase not known"}

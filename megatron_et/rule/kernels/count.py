@@ -31,9 +31,9 @@ def _slots_of(slot, valid, S: tl.constexpr):
 @triton.jit
 def _count_fanout(fanout_t, valid_t, counts):
     few = valid_t & (fanout_t < FEW - 1)
-    own = _slots_of(fanout_t, few, FEW).to(tl.int64)
+    own = _slots_of(fanout_t, few, FEW)
     tl.atomic_add(counts + tl.arange(0, FEW), own, mask=own > 0, sem="relaxed")
-    one_t = tl.full(fanout_t.shape, 1, tl.int64)
+    one_t = tl.full(fanout_t.shape, 1, tl.int32)
     tl.atomic_add(counts + fanout_t, one_t, mask=valid_t & ~few, sem="relaxed")
 
 
@@ -49,12 +49,12 @@ def _count_logits(x_t, valid_t, center, histogram, BINS: tl.constexpr, FIRST: tl
     above = distance >= 0
     near = magnitude - NEAREST
     in_slot = valid_t & (near >= 0) & (near < SIDE)
-    own = _slots_of(tl.where(above, SIDE + near, SIDE - 1 - near), in_slot, 2 * SIDE).to(tl.int64)
+    own = _slots_of(tl.where(above, SIDE + near, SIDE - 1 - near), in_slot, 2 * SIDE)
     slot = tl.arange(0, 2 * SIDE)
     place = BINS // 2 - SIDE + slot + tl.where(slot < SIDE, -NEAREST, NEAREST)
     tl.atomic_add(histogram + place, own, mask=own > 0, sem="relaxed")
     place_t = tl.where(above, BINS // 2 + magnitude, BINS // 2 - 1 - magnitude)
-    one_t = tl.full(x_t.shape, 1, tl.int64)
+    one_t = tl.full(x_t.shape, 1, tl.int32)
     tl.atomic_add(histogram + place_t, one_t, mask=valid_t & ~in_slot, sem="relaxed")
 
 
@@ -65,16 +65,16 @@ def count(
     BINS: tl.constexpr, FIRST: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Count BLOCK_T tokens of EXPERTS experts, or their fan-outs. `fanout` is -1 for padding; `counts` is
-    laid out as statistics.BatchCounts, `histogram` as its counts_EB, or absent with BINS 0."""
+    laid out as statistics.BatchCounts, `histogram` as its counts_EB."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     real_t = t < num_tokens
     fanout_t = tl.load(fanout + t, mask=real_t, other=-1)
     valid_t = fanout_t >= 0
     if tl.program_id(1) == tl.num_programs(1) - 1:
         _count_fanout(fanout_t, valid_t, counts + 2 * num_experts)
-        tokens = counts + 3 * num_experts + 1
-        tl.atomic_add(tokens, tl.sum(valid_t.to(tl.int64), axis=0), sem="relaxed")
-    elif BINS > 0:
+        tokens = counts + 4 * num_experts + 1
+        tl.atomic_add(tokens, tl.sum(valid_t.to(tl.int32), axis=0), sem="relaxed")
+    else:
         for i in tl.static_range(EXPERTS):
             # Masks and no branch: loads of the next expert begin while this one is counted.
             e = (tl.program_id(1) * EXPERTS + i).to(tl.int64)

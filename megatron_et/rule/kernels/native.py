@@ -17,12 +17,6 @@ MOST_ROWS = 2048
 block costs to begin and end."""
 
 
-def takes(logits: torch.Tensor, counters: Counters | None) -> bool:
-    """Whether the kernel can route and count these: logits that `reads` and, if it counts at all, a
-    histogram."""
-    return reads(logits) and (counters is None or counters.histogram is not None)
-
-
 def reads(logits: torch.Tensor) -> bool:
     """Whether the kernels of this folder can read these: fp32, contiguous, a multiple of 8 experts."""
     return (
@@ -45,16 +39,16 @@ def expert_threshold(
     routing_map: torch.Tensor,
 ) -> None:
     """Write gates and map and add to the counters, in one launch; arguments as for
-    `routed.expert_threshold`, `padding` [tokens] uint8. What `takes` has refused must not be given."""
+    `routed.expert_threshold`, `padding` [tokens] uint8. What `reads` has refused must not be given."""
     num_tokens, num_experts = logits.shape
     groups = num_experts // EXPERTS
     rows = rows_of_stripe(num_tokens, groups, nvrtc.multiprocessors(logits.device))
     stripes = -(-num_tokens // rows)
     counted: tuple[torch.Tensor | None, ...] = (None,) * 4
     histogram = None if counters is None else counters.histogram
-    if counters is not None and histogram is not None:
+    if counters is not None:
         fanout, arrived = scratch.zeros("route", logits.device, num_tokens, stripes)
-        counted = fanout, arrived, counters.counts, histogram.counts_EB
+        counted = fanout, arrived, counters.counts, counters.histogram.counts_EB
     centers = None if histogram is None else histogram.centers_E
     tensors = (logits, thresholds, lower, upper, padding, centers, gates, routing_map, *counted)
     nvrtc.launch(

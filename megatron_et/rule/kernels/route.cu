@@ -11,7 +11,6 @@
 // kernel routes only, to the same bits, and the pointers of what is counted are null.
 
 typedef unsigned int u32;
-typedef unsigned long long u64;
 
 #define EXPERTS 8
 #define ROWS_AT_ONCE (THREADS / 2)
@@ -63,13 +62,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
     uchar4* __restrict__ routing_map,         // [T, E]
     u32* __restrict__ fanout,                 // [T], zero before and after
     u32* __restrict__ arrived,                // [stripes], zero before and after
-    u64* __restrict__ counts,                 // laid out as statistics.BatchCounts
-    u64* __restrict__ histogram,              // [E, BINS]
+    u32* __restrict__ counts,                 // laid out as statistics.BatchCounts
+    u32* __restrict__ histogram,              // [E, BINS]
     int num_tokens, int num_experts, int rows) {
 #if COUNTED
   __shared__ u32 table[EXPERTS * BINS];
   __shared__ u32 used[EXPERTS];
-  __shared__ u32 scalars[3];  // tokens, logits that are not finite, whether this block is the last one
+  __shared__ u32 odd[EXPERTS];  // logits that are not finite
+  __shared__ u32 scalars[2];    // tokens, whether this block is the last one
   __shared__ u32 fanouts[MOST_FANOUTS];
 #endif
 
@@ -79,8 +79,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
 
 #if COUNTED
   for (int i = thread; i < EXPERTS * BINS; i += THREADS) table[i] = 0;
-  if (thread < EXPERTS) used[thread] = 0;
-  if (thread < 3) scalars[thread] = 0;
+  if (thread < EXPERTS) used[thread] = odd[thread] = 0;
+  if (thread < 2) scalars[thread] = 0;
   if (thread < MOST_FANOUTS) fanouts[thread] = 0;
   float center[4];
 #pragma unroll
@@ -94,18 +94,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
     if (lower != nullptr) {
       const float low = lower[e + i], high = upper[e + i];
       if (COUNTED && stripe == 0 && thread < 2 && (low > applied[i] || high < applied[i]))
-        atomicAdd(counts + num_experts + e + i, 1ull);
+        atomicAdd(counts + num_experts + e + i, 1u);
       const float clamped = fminf(fmaxf(applied[i], low), high);
       // As torch's clamp: an expert with NaN among its bounds takes nobody.
       applied[i] = isnan(low) || isnan(high) || isnan(applied[i]) ? NOT_A_NUMBER : clamped;
     }
   }
 #if COUNTED
-  if (stripe == 0 && group == 0 && thread == 0) atomicAdd(counts + 3 * num_experts + 2, 1ull);
+  if (stripe == 0 && group == 0 && thread == 0) atomicAdd(counts + 4 * num_experts + 2, 1u);
   __syncthreads();
 
   u32* const own_table = table + (thread & 1) * 4 * BINS;
-  u32 tally[4] = {0, 0, 0, 0}, tokens = 0, odd = 0;
+  u32 tally[4] = {0, 0, 0, 0}, tokens = 0;
 #endif
   for (int base = first; base < end; base += ROWS_AT_ONCE * LOADS) {
     float4 loaded[LOADS];
@@ -141,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
       for (int i = 0; i < 4; i++) {
         bin[i] = bin_of(x[i], center[i]);
         tally[i] += chosen[i];
-        odd += valid & !(fabsf(x[i]) < INFINITE);
+        if (valid && !(fabsf(x[i]) < INFINITE)) atomicAdd(odd + (thread & 1) * 4 + i, 1u);
       }
       if (valid) {
 #pragma unroll
@@ -162,22 +162,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
     for (int lanes = 2; lanes < 32; lanes *= 2) tally[i] += __shfl_xor_sync(0xffffffffu, tally[i], lanes);
     if ((thread & 31) < 2) atomicAdd(used + (thread & 1) * 4 + i, tally[i]);
   }
-  if (odd) atomicAdd(scalars + 1, odd);
   if (group == 0 && (thread & 1) == 0 && tokens) atomicAdd(scalars, tokens);
   __threadfence();  // this thread's fan-outs, before its block says that it has arrived
   __syncthreads();
 
   for (int i = thread; i < EXPERTS * BINS; i += THREADS)
-    if (table[i]) atomicAdd(histogram + (size_t)group * EXPERTS * BINS + i, (u64)table[i]);
-  if (thread < EXPERTS && used[thread]) atomicAdd(counts + group * EXPERTS + thread, (u64)used[thread]);
+    if (table[i]) atomicAdd(histogram + (size_t)group * EXPERTS * BINS + i, table[i]);
+  if (thread < EXPERTS && used[thread]) atomicAdd(counts + group * EXPERTS + thread, used[thread]);
+  if (thread < EXPERTS && odd[thread])
+    atomicAdd(counts + 3 * num_experts + 1 + group * EXPERTS + thread, odd[thread]);
   if (thread == 0) {
-    if (scalars[0]) atomicAdd(counts + 3 * num_experts + 1, (u64)scalars[0]);
-    if (scalars[1]) atomicAdd(counts + 3 * num_experts + 3, (u64)scalars[1]);
+    if (scalars[0]) atomicAdd(counts + 4 * num_experts + 1, scalars[0]);
     __threadfence();  // and all threads' fan-outs that the barrier has shown to this one
-    scalars[2] = atomicAdd(arrived + stripe, 1u) == gridDim.x - 1;
+    scalars[1] = atomicAdd(arrived + stripe, 1u) == gridDim.x - 1;
   }
   __syncthreads();
-  if (!scalars[2]) return;
+  if (!scalars[1]) return;
 
   __threadfence();
   for (int t = first + thread; t < end; t += THREADS) {
@@ -186,10 +186,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_and_count(
     if (n < MOST_FANOUTS)
       atomicAdd(fanouts + n, 1u);
     else
-      atomicAdd(counts + 2 * num_experts + n, 1ull);
+      atomicAdd(counts + 2 * num_experts + n, 1u);
   }
   if (thread == 0) arrived[stripe] = 0;
   __syncthreads();
-  if (thread < MOST_FANOUTS && fanouts[thread]) atomicAdd(counts + 2 * num_experts + thread, (u64)fanouts[thread]);
+  if (thread < MOST_FANOUTS && fanouts[thread]) atomicAdd(counts + 2 * num_experts + thread, fanouts[thread]);
 #endif
 }

@@ -130,16 +130,16 @@ def forward(
 
     if COUNTED:
         tally_e = tl.sum(tally, axis=0)
-        used = (tally_e & 0xFFFF).to(tl.int64)
+        used = tally_e & 0xFFFF
         tl.atomic_add(counts + e, used, mask=real_e & (used > 0), sem="relaxed")
-        scalars = counts + 3 * num_experts + 1
-        nonfinite = tl.sum(tally_e >> 16, axis=0).to(tl.int64)
-        tl.atomic_add(scalars + 2, nonfinite, mask=nonfinite > 0, sem="relaxed")
+        odd_e = tally_e >> 16
+        tl.atomic_add(counts + 3 * num_experts + 1 + e, odd_e, mask=real_e & (odd_e > 0), sem="relaxed")
         if tl.program_id(0) == 0:
-            tl.atomic_add(scalars + 1, tl.full([], 1, tl.int64), sem="relaxed")
+            micro_batches = counts + 4 * num_experts + 2
+            tl.atomic_add(micro_batches, tl.full([], 1, tl.int32), sem="relaxed")
             if BOUNDED:
                 at_bound = ((low > threshold) | (high < threshold)) & real_e
-                tl.atomic_add(counts + num_experts + e, at_bound.to(tl.int64), mask=at_bound, sem="relaxed")
+                tl.atomic_add(counts + num_experts + e, at_bound.to(tl.int32), mask=at_bound, sem="relaxed")
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from megatron_et.config import GateNormalization
 from megatron_et.rule.kernels import count, native, route, select
 from megatron_et.rule.statistics import Counters, RouterStatistics
+from megatron_et.rule.threshold import ThresholdEMA
 
 TILE = 1024
 """Pairs of a token and an expert that a program routes at a time."""
@@ -80,18 +81,18 @@ def _count(logits: torch.Tensor, fanout: torch.Tensor, counters: Counters) -> No
     """What `route.forward` has not counted; fanout [tokens] int32, -1 for padding."""
     num_tokens, num_experts = logits.shape
     histogram = counters.histogram
-    groups = 0 if histogram is None else triton.cdiv(num_experts, EXPERTS_COUNTED)
+    groups = triton.cdiv(num_experts, EXPERTS_COUNTED)
     count.count[triton.cdiv(num_tokens, TOKENS_COUNTED), groups + 1](
         logits,
         fanout,
-        None if histogram is None else histogram.centers_E,
+        histogram.centers_E,
         counters.counts,
-        None if histogram is None else histogram.counts_EB,
+        histogram.counts_EB,
         num_tokens,
         num_experts,
         *logits.stride(),
-        BINS=0 if histogram is None else histogram.bins,
-        FIRST=0 if histogram is None else histogram.bits_of_first_octave,
+        BINS=histogram.bins,
+        FIRST=histogram.bits_of_first_octave,
         EXPERTS=EXPERTS_COUNTED,
         BLOCK_T=TOKENS_COUNTED,
         num_warps=WARPS_COUNTING,
@@ -106,10 +107,10 @@ def try_out(device: torch.device, routes: bool, selects: bool) -> None:
     experts = 8
     statistics = RouterStatistics(experts, 1, device=device)
     zeros_E = torch.zeros(experts, device=device)
-    histogram = statistics.estimator.histogram(zeros_E)
+    counting = statistics.counters(ThresholdEMA(experts, device=device))
     with torch.enable_grad():
         logits = torch.zeros(16, experts, device=device, requires_grad=True)
-        for counters in (Counters(statistics.counts, histogram), None):
+        for counters in (counting, None):
             gates, _ = expert_threshold(logits, zeros_E, counters=counters, cuda=routes)
             gates.sum().backward()
     if selects:
@@ -138,7 +139,7 @@ class _Route(torch.autograd.Function):
         routing_map = torch.empty((num_tokens, num_experts), dtype=torch.bool, device=logits.device)
         ctx.normalized = normalized
         ctx.mark_non_differentiable(routing_map)
-        if cuda and not normalized and max_fanout is None and native.takes(logits, counters):
+        if cuda and not normalized and max_fanout is None and native.reads(logits):
             native.expert_threshold(logits, thresholds, lower, upper, padding, counters, gates, routing_map)
             ctx.save_for_backward(gates, None)
             return gates, routing_map

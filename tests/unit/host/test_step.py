@@ -98,7 +98,7 @@ def test_the_reduction_has_the_optimizer_step_to_hide_behind(step: Step) -> None
     for thresholds in step.thresholds:
         torch.testing.assert_close(thresholds, expected(step, drawn(0)), rtol=0.1, atol=0.1)
     for one in step.routers:
-        assert one.num_committed_batches == 1
+        assert one.thresholds.updates_on_host() == 1
         assert one.last_batch.counts.tokens.tolist() == [2 * TOKENS]
 
 
@@ -115,7 +115,7 @@ def test_a_step_that_does_not_count_waits_and_leaves_no_trace(
     assert step(drawn(1) + 5.0, then=then) == events
     for one, thresholds, old in zip(step.routers, step.thresholds, before, strict=True):
         assert torch.equal(thresholds, old)
-        assert one.num_committed_batches == 1
+        assert one.thresholds.updates_on_host() == 1
         assert one.last_batch is None
     step(drawn(2))  # and the next one counts its own
     for one in step.routers:
@@ -152,7 +152,7 @@ def test_nonfinite_logits_of_a_skipped_step_are_forgotten(step: Step) -> None:
     """An overflow in fp16 is what loss scaling is for."""
     step(torch.full((TOKENS, 8), torch.inf), then="skipped")
     step(drawn(0))
-    assert all(one.num_committed_batches == 1 for one in step.routers)
+    assert all(one.thresholds.updates_on_host() == 1 for one in step.routers)
 
 
 def test_a_step_that_failed_leaves_nothing_to_the_next(step: Step) -> None:

@@ -18,7 +18,7 @@ import pytest
 from megatron_et.config import ConfigError, ExpertThresholdConfig
 from megatron_et.host.arguments import add_arguments
 from megatron_et.moe.compatibility import NEEDED, REFUSALS, Refusal, check, violations
-from megatron_et.moe.fanout import bounded
+from megatron_et.moe.settings import bounded
 from tests.megatron_here import absent, needs_newest, needs_training
 
 # Megatron says at every import what is not installed.
@@ -505,7 +505,8 @@ def test_max_fanout_at_the_ends_of_its_range(max_fanout: int | None) -> None:
 
 def test_building_a_router_checks_its_config() -> None:
     """The refusal comes before Megatron's own constructor, which asks for a GPU."""
-    from megatron_et.moe.router import CONFIG_ATTRIBUTE, ExpertThresholdRouter
+    from megatron_et.moe.router import ExpertThresholdRouter
+    from megatron_et.moe.settings import CONFIG_ATTRIBUTE
 
     config = transformer_config(moe_router_pre_softmax=True)
     setattr(config, CONFIG_ATTRIBUTE, ET)

@@ -59,7 +59,7 @@ def test_no_phase_of_training_waits(schedule: dict[str, Any], pool: str, padded:
 
     routers = [router(False, pool=pool, **schedule) for _ in range(2)]
     for one in routers:
-        _ = one.num_committed_batches  # after a load this is read once
+        _ = one.thresholds.updates_on_host()  # after a load this is read once
     waited: list[str] = []
     read_at_commit: list[str] = []
     for _ in range(7):

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_et.observe import alarms
-from megatron_et.observe.alarms import CALM, PATIENCE, RULES, SWITCH, WINDOW, Alarm, Monitor, Observation, Row
-from megatron_et.observe.report.trace import parse_record
+from megatron_et.observe.alarms import CALM, Alarm, Monitor
+from megatron_et.observe.rules import PATIENCE, RULES, SWITCH, WINDOW, Observation, Row
+from megatron_et.observe.trace import parse_record
 from tests.simulated import observations
 
 pytestmark = pytest.mark.megatron_free

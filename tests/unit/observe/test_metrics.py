@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_et.config import ExpertThresholdConfig
+from megatron_et.observe import trace as traces
 from megatron_et.observe.alarms import Monitor
-from megatron_et.observe.metrics import METRICS, PHASES, LayerBatch, overall, pack, width
-from megatron_et.observe.report import trace as traces
-from megatron_et.observe.report.tags import ALARM_TEXT
+from megatron_et.observe.metrics import METRICS, LayerBatch, overall, pack, width
+from megatron_et.observe.trace import ALARM_TEXT
+from megatron_et.rule.schedule import phase as phase_at
 from megatron_et.rule.statistics import BatchCounts, BatchRecord
 from tests.megatron_here import needs_training
 
@@ -27,6 +29,9 @@ from tests.megatron_here import needs_training
 pytestmark = pytest.mark.filterwarnings(r"ignore::UserWarning:megatron\.")
 
 Map = list[list[bool]]
+SCHEDULE = ExpertThresholdConfig(router_type="expert-threshold", warmup_steps=2, warmup_anneal_steps=3)
+UPDATES = {"warmup": 1, "anneal": 4, "threshold": 5}
+"""A number of updates in each phase of it."""
 NAN = math.nan
 
 
@@ -47,22 +52,22 @@ def record(
         *(sum(row[e] for row in routed) for e in range(experts)),
         *(at_bound or [0] * experts),
         *(fanouts.count(n) for n in range(experts + 1)),
+        *[0] * experts,
         len(routed),
         micro_batches,
-        0,
     ]
     return BatchRecord(
         counts=BatchCounts.split(torch.tensor(vector, dtype=torch.int64), experts),
         thresholds_E=torch.tensor(thresholds or [0.0] * experts),
         cutoffs_E=torch.tensor(cutoffs or [0.0] * experts, dtype=torch.float64),
-        phase=phase,
+        num_updates=torch.tensor([UPDATES[phase]]),
         restarted=torch.tensor([restarted]),
     )
 
 
 def on_host(batch: BatchRecord) -> LayerBatch:
     """As logging sees it."""
-    return LayerBatch.unpack(pack(batch), batch.thresholds_E.numel())
+    return LayerBatch.unpack(pack(batch), batch.thresholds_E.numel(), SCHEDULE)
 
 
 @st.composite
@@ -79,7 +84,7 @@ def records(draw: st.DrawFn) -> tuple[Map, BatchRecord]:
         cutoffs=draw(logits),
         at_bound=draw(st.lists(st.integers(0, micro_batches), min_size=E, max_size=E)),
         micro_batches=micro_batches,
-        phase=draw(st.sampled_from(PHASES)),
+        phase=draw(st.sampled_from(list(UPDATES))),
     )
 
 
@@ -179,10 +184,10 @@ def test_no_token_with_an_expert() -> None:
 def test_one_token_more_in_billions_is_seen() -> None:
     """I7: the counts of a huge batch; one token of 2**33 with an expert more than fp32 could tell apart."""
     counts = BatchCounts.split(
-        torch.tensor([2**33, 1, 0, 0, 0, 2**33 - 1, 1, 2**33, 1, 0], dtype=torch.int64), 2
+        torch.tensor([2**33, 1, 0, 0, 0, 2**33 - 1, 1, 0, 0, 2**33, 1], dtype=torch.int64), 2
     )
     batch = BatchRecord(
-        counts, torch.zeros(2), torch.zeros(2, dtype=torch.float64), "threshold", torch.zeros(1)
+        counts, torch.zeros(2), torch.zeros(2, dtype=torch.float64), torch.tensor([9]), torch.zeros(1)
     )
     metrics = on_host(batch).metrics()
     assert metrics["expert_usage_min"] == pytest.approx(2**-33)
@@ -199,7 +204,7 @@ def test_before_the_first_threshold_only_thresholds_are_unknown() -> None:
 # --- pack, unpack ---
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", list(UPDATES))
 @pytest.mark.parametrize("num_experts", [1, 3, 64])
 def test_pack_and_unpack_keep_every_number(phase: str, num_experts: int) -> None:
     # Counts are exact up to 2**53; thresholds are fp32; cutoffs are means in fp64.
@@ -208,10 +213,13 @@ def test_pack_and_unpack_keep_every_number(phase: str, num_experts: int) -> None
     cutoffs = torch.randn(num_experts, dtype=torch.float64) / 3
     thresholds[-1] = cutoffs[0] = NAN
     restarted = torch.tensor([num_experts])
-    packed = pack(BatchRecord(BatchCounts.split(counts, num_experts), thresholds, cutoffs, phase, restarted))
+    updates = torch.tensor([UPDATES[phase]])
+    packed = pack(
+        BatchRecord(BatchCounts.split(counts, num_experts), thresholds, cutoffs, updates, restarted)
+    )
     assert packed.shape == (width(num_experts),)
     assert packed.dtype == torch.float64
-    batch = LayerBatch.unpack(packed, num_experts)
+    batch = LayerBatch.unpack(packed, num_experts, SCHEDULE)
     for name in BatchCounts.__dataclass_fields__:
         there, back = getattr(BatchCounts.split(counts, num_experts), name), getattr(batch.counts, name)
         assert back.dtype == torch.int64
@@ -223,8 +231,8 @@ def test_pack_and_unpack_keep_every_number(phase: str, num_experts: int) -> None
 
 def test_unpacking_leaves_the_vector_alone() -> None:
     packed = pack(record([[True, False]], experts=2))
-    LayerBatch.unpack(packed, 2).counts.tokens.add_(5)
-    assert LayerBatch.unpack(packed, 2).counts.tokens.tolist() == [1]
+    LayerBatch.unpack(packed, 2, SCHEDULE).counts.tokens.add_(5)
+    assert LayerBatch.unpack(packed, 2, SCHEDULE).counts.tokens.tolist() == [1]
 
 
 # --- the whole model ---
@@ -541,20 +549,24 @@ def test_the_console_line_bears_a_batch_without_thresholds() -> None:
 # --- the trace ---
 
 
+def write_line(folder: Path, step: int, layers: dict[int, LayerBatch], experts: int) -> None:
+    from megatron_et.host.logging import observation
+
+    seen = observation(step, argparse.Namespace(moe_router_topk=1, num_experts=experts), layers)
+    traces.append(folder, seen, experts, {number: batch.trace() for number, batch in layers.items()})
+
+
 @given(st.lists(records(), min_size=1, max_size=3), st.integers(1, 10**6))
 def test_the_report_reads_what_the_trace_wrote(
     tmp_path_factory: pytest.TempPathFactory, samples: list[tuple[Map, BatchRecord]], step: int
 ) -> None:
     """Every number of every layer, through JSON, within fp32."""
-    from megatron_et.host.logging import _append_trace
-
     experts = samples[0][1].thresholds_E.numel()
     same_size = [batch for _, batch in samples if batch.thresholds_E.numel() == experts]
     layers = {3 * n + 2: on_host(batch) for n, batch in enumerate(same_size)}
     folder = tmp_path_factory.mktemp("trace")
-    args = argparse.Namespace(moe_router_topk=1, num_experts=experts)
-    _append_trace(folder, step, args, layers)
-    _append_trace(folder, step + 5, args, layers)
+    write_line(folder, step, layers, experts)
+    write_line(folder, step + 5, layers, experts)
 
     warnings: list[str] = []
     trace = traces.read_traces([folder / traces.TRACE_NAME], warnings)
@@ -580,19 +592,16 @@ def test_the_report_reads_what_the_trace_wrote(
 
 
 def test_unknown_thresholds_and_cutoffs_are_null_in_json_and_nan_in_the_report(tmp_path: Path) -> None:
-    from megatron_et.host.logging import TRACE_FILE, TRACE_SCHEMA, _append_trace
-
-    assert (TRACE_FILE, TRACE_SCHEMA) == (traces.TRACE_NAME, traces.TRACE_SCHEMA)
-    assert PHASES == traces.PHASES
+    assert {phase_at(SCHEDULE, n) for n in range(9)} == set(traces.PHASES)
     batch = on_host(
         record([[True, False]], experts=2, thresholds=[NAN, 1.5], cutoffs=[NAN, math.inf], phase="warmup")
     )
-    _append_trace(tmp_path, 1, argparse.Namespace(moe_router_topk=1, num_experts=2), {1: batch})
-    line = (tmp_path / TRACE_FILE).read_text()
+    write_line(tmp_path, 1, {1: batch}, 2)
+    line = (tmp_path / traces.TRACE_NAME).read_text()
     # Strict JSON: NaN and Infinity are no JSON, and jq and others refuse the line.
     values = json.loads(line, parse_constant=pytest.fail)["layers"]["1"]
     assert (values["threshold"], values["cutoff"]) == ([None, 1.5], [None, None])
-    trace = traces.read_traces([tmp_path / TRACE_FILE], [])
+    trace = traces.read_traces([tmp_path / traces.TRACE_NAME], [])
     assert trace is not None
     np.testing.assert_array_equal(trace.layers[1].threshold_SE, [[NAN, 1.5]])
     np.testing.assert_array_equal(trace.layers[1].cutoff_SE, [[NAN, NAN]])
@@ -614,7 +623,7 @@ def test_unknown_thresholds_and_cutoffs_are_null_in_json_and_nan_in_the_report(t
     ],
 )
 def test_append_line_drops_a_cut_last_line(tmp_path: Path, before: str | None, after: str) -> None:
-    from megatron_et.host.logging import append_line
+    from megatron_et.observe.trace import append_line
 
     path = tmp_path / "trace.jsonl"
     if before is not None:
@@ -626,7 +635,7 @@ def test_append_line_drops_a_cut_last_line(tmp_path: Path, before: str | None, a
 
 
 def test_a_character_cut_in_two_is_dropped_with_its_line(tmp_path: Path) -> None:
-    from megatron_et.host.logging import append_line
+    from megatron_et.observe.trace import append_line
 
     path = tmp_path / "trace.jsonl"
     path.write_bytes(b"one\n" + "\u00e9".encode()[:1])
@@ -635,7 +644,7 @@ def test_a_character_cut_in_two_is_dropped_with_its_line(tmp_path: Path) -> None
 
 
 def test_append_line_creates_the_folders(tmp_path: Path) -> None:
-    from megatron_et.host.logging import append_line
+    from megatron_et.observe.trace import append_line
 
     path = tmp_path / "runs" / "today" / "trace.jsonl"
     append_line(path, "first")

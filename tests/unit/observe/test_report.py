@@ -25,14 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_et import cli
 from megatron_et.observe import metrics
-from megatron_et.observe.report import ReportError
 from megatron_et.observe.report.command import Report, make_report, print_report
 from megatron_et.observe.report.plots import MAX_HEATMAP_EXPERTS, MAX_HEATMAP_STEPS, _heat_map
 from megatron_et.observe.report.read import read_run, read_tensorboard
 from megatron_et.observe.report.summary import METRICS, Summary, layer_histories, summarise, trace_metrics
 from megatron_et.observe.report.table import columns
-from megatron_et.observe.report.tags import ALARM_TEXT, VERSIONS_TEXT
-from megatron_et.observe.report.trace import LayerTrace, read_traces
+from megatron_et.observe.trace import ALARM_TEXT, VERSIONS_TEXT, LayerTrace, ReportError, read_traces
 
 pytestmark = pytest.mark.megatron_free
 

@@ -116,8 +116,8 @@ def test_a_file_that_goes_away_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_cut_line_that_the_next_start_drops_was_never_read(tmp_path: Path) -> None:
-    """What host/logging.append_line does after a kill."""
-    from megatron_et.host.logging import append_line
+    """What observe/trace.append_line does after a kill."""
+    from megatron_et.observe.trace import append_line
 
     path = tmp_path / "lines"
     path.write_text("one\ncut")

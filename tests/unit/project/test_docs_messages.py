@@ -21,7 +21,7 @@ OF_A_JOB = (
     "__main__.py",
     "launch.py",
     "gpt.py",
-    "gpt_versions.py",
+    "versions.py",
     "router.py",
     "synchronize.py",
     "config.py",

@@ -59,19 +59,19 @@ def test_memory_of_the_example() -> None:
 
 
 def test_statistics_of_the_example() -> None:
-    one = sizes.router_bytes(EXPERTS, TOPK, "histogram")
-    reduced = sizes.readable(LAYERS * sum(one.reduced))
+    one = sizes.router_bytes(EXPERTS, TOPK)
+    reduced = sizes.readable(LAYERS * one.reduced)
     assert cells(CLUSTER, "statistics")[-1] == reduced == sizes.readable(LAYERS * one.accumulated)
     text = CLUSTER.read_text()
     assert f"{LAYERS} routers; {sizes.readable(LAYERS * one.saved)} of thresholds in the checkpoint" in text
     assert f"{reduced} for {LAYERS} layers of {EXPERTS} experts" in FAQ.read_text()
-    # "8 KiB for each expert and layer", up to the counts beside the histogram.
-    assert 8192 <= sum(one.reduced) / EXPERTS < 8300
+    # "4 KiB for each expert and layer", up to the counts beside the histogram.
+    assert 4096 <= one.reduced / EXPERTS < 4150
 
 
 def test_traffic_of_the_global_pool() -> None:
-    assert sizes.pool_bytes(EXPERTS, 1) == 2**20 == 4 * 2048 * EXPERTS
-    assert 1.7 < sizes.pool_bytes(EXPERTS, 2) / 2**20 < 2
+    assert sizes.pool_bytes(EXPERTS, 1) == 2**19 == 4 * 1024 * EXPERTS
+    assert 1.7 < sizes.pool_bytes(EXPERTS, 2) / 2**19 < 2
     assert sizes.pool_calls() == 4
 
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from megatron_et.config import ExpertThresholdConfig
-from megatron_et.rule.quantile import capacity_bounds, expected_load
+from megatron_et.rule.quantile import capacity_bounds, expected_load, kth_largest
 from megatron_et.rule.routing import expert_threshold
-from megatron_et.rule.statistics import RouterStatistics
 from megatron_et.rule.threshold import ThresholdEMA
 from tests.reference import AuthorsRouter
+from tests.reference import capacity as capacity_at
 
 CASES = [
     # experts, topk, tokens per micro-batch, micro-batches, capacity
@@ -38,29 +38,25 @@ def test_same_routing_and_thresholds(
     )
     authors = AuthorsRouter(experts, topk, decay, capacity)
     ema = ThresholdEMA(experts, decay)
-    statistics = RouterStatistics(experts, topk, quantile="kth-largest")
     generator = torch.Generator().manual_seed(seed)
     drift = torch.zeros(experts)
     for step in range(12):
         drift += 0.2 * torch.randn(experts, generator=generator)
+        # The paper's estimator: the mean of the micro-batches' k-th largest logits.
+        cutoffs = torch.zeros(experts, dtype=torch.float64)
         for _ in range(micro_batches):
             logits = torch.randn(tokens, experts, generator=generator) + drift
             rows = logits.tolist()
             wanted = authors.expert_choice(rows) if step < warmup else authors.threshold(rows, training=True)
-            in_force = config.capacity(step)
+            in_force = capacity_at(config, step)
             k = expected_load(tokens, topk, experts)
             bounds = None if in_force is None else capacity_bounds(logits, k, in_force)
             lower, upper = bounds or (None, None)
             _, routing_map = expert_threshold(logits, ema.value, lower=lower, upper=upper)
             assert tokens_of(routing_map) == wanted
-            statistics.add(logits, routing_map, ema, bounds)
+            cutoffs += kth_largest(logits, k) / micro_batches
         authors.step()
-        _, cutoffs, valid = statistics.reduced(
-            statistics.integers(), statistics.estimator.reals, ema.last_cutoff
-        )
-        assert valid
         ema.update(cutoffs)
-        statistics.reset()
         torch.testing.assert_close(ema.value, torch.tensor(authors.thresholds()), rtol=1e-5, atol=1e-5)
         evaluation = torch.randn(tokens + 2, experts, generator=generator) + drift
         _, routing_map = expert_threshold(evaluation, ema.value)

@@ -50,14 +50,18 @@ def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     assert {line.split()[1] for line in compiled} == {"sm_80", "sm_90", "sm_100"}
 
 
-def test_torch_is_the_default_and_imports_no_triton() -> None:
+def test_without_a_gpu_the_default_is_torch_and_imports_no_triton() -> None:
     assert load_kernels(ExpertThresholdConfig(router_type="expert-threshold"), 8, torch.zeros(1)) == Kernels()
-    code = "import sys, megatron_et.rule.kernels; print('triton' in sys.modules)"
+    code = (
+        "import sys, torch; from megatron_et import ExpertThresholdConfig as C;"
+        "from megatron_et.rule.kernels import load_kernels;"
+        "load_kernels(C(router_type='expert-threshold'), 8, torch.zeros(1)); print('triton' in sys.modules)"
+    )
     assert python("-c", code).stdout.splitlines()[-1] == "False"
 
 
 def test_triton_without_a_gpu_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--moe-et-kernels triton needs a GPU, and the router is on cpu"):
+    with pytest.raises(ConfigError, match="triton cannot be had: there is no GPU, the router is on cpu"):
         load_kernels(TRITON, 8, torch.zeros(1))
 
 
@@ -65,7 +69,7 @@ def test_triton_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, "megatron_et.rule.kernels.routed", raising=False)
     monkeypatch.delattr("megatron_et.rule.kernels.routed", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ConfigError, match="--moe-et-kernels triton needs Triton, which cannot be imported"):
+    with pytest.raises(ConfigError, match="triton cannot be had: Triton cannot be imported"):
         load_kernels(TRITON, 8, torch.zeros(1))
 
 
@@ -120,7 +124,9 @@ def test_kernels_that_do_not_compile_are_refused(monkeypatch: pytest.MonkeyPatch
         nvrtc.compiled("sm_1", native.kernel(None))
 
     monkeypatch.setattr(routed, "try_out", no_such_gpu)
-    message = r"cuda: its kernels cannot be had on this GPU: NVRTC could not compile route\.cu for sm_1"
+    message = (
+        r"cuda cannot be had: their try-out on this GPU failed: NVRTC could not compile route\.cu for sm_1"
+    )
     with pytest.raises(ConfigError, match=message):
         load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
 
@@ -129,15 +135,10 @@ def test_cuda_without_its_bindings_is_refused_if_it_needs_them(
     monkeypatch: pytest.MonkeyPatch, tried: list[tuple[bool, bool]]
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(ConfigError, match="--moe-et-kernels cuda needs NVIDIA's cuda-bindings"):
+    with pytest.raises(ConfigError, match="cuda cannot be had: NVIDIA's cuda-bindings cannot be imported"):
         load_kernels(CUDA, 8, GPU)  # type: ignore[arg-type]
     assert load_kernels(CUDA, 7, GPU).route is not None  # type: ignore[arg-type]
     assert tried == [(False, False)]
-
-
-def test_cuda_counts_histograms_only() -> None:
-    with pytest.raises(ConfigError, match="--moe-et-kernels is cuda: it counts a histogram"):
-        replace(CUDA, quantile="kth-largest")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,19 @@ def test_scratch_is_kept_for_a_stream_and_grows(monkeypatch: pytest.MonkeyPatch)
     capturing = True
     assert kept("route", 3, 2) is not second
     assert all(vector.dtype == torch.int32 and not vector.any() for vector in second)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_auto_is_triton_on_a_gpu_that_passes_the_try_out(
+    fails: bool, tried: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_et.rule.kernels import routed
+
+    if fails:
+        monkeypatch.setattr(routed, "try_out", lambda *_: 1 / 0)
+    kernels = load_kernels(replace(TRITON, kernels="auto"), 8, GPU)  # type: ignore[arg-type]
+    assert (kernels.route is None) == fails
+    assert tried == ([] if fails else [(False, False)])
 
 
 def test_too_many_experts_are_refused(tried: list[tuple[bool, bool]]) -> None:

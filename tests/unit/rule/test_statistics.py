@@ -12,17 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_et.config import Quantile
 from megatron_et.rule.quantile import capacity_bounds, expected_load
 from megatron_et.rule.statistics import BatchCounts, RouterStatistics
 from megatron_et.rule.threshold import ThresholdEMA
 
-NAMES = ("usage_E", "at_bound_E", "fanout_F", "tokens", "micro_batches", "nonfinite")
+NAMES = ("usage_E", "at_bound_E", "fanout_F", "nonfinite_E", "tokens", "micro_batches")
 # Few values, so that logits tie with one another, with thresholds and with bounds; all exact in fp32.
 VALUES = st.sampled_from([-3.5, -1.0, -0.25, 0.0, 0.5, 2.0, 7.0])
 ODD = st.sampled_from([math.nan, math.inf, -math.inf])
-QUANTILES: list[Quantile] = ["histogram", "kth-largest"]
-both_quantiles = pytest.mark.parametrize("quantile", QUANTILES)
+
+
+def integers(statistics: RouterStatistics) -> torch.Tensor:
+    """All that travels."""
+    return torch.cat(statistics.integer_parts)
 
 
 def thresholds_at(values: torch.Tensor, centers: torch.Tensor | None = None) -> ThresholdEMA:
@@ -61,8 +63,8 @@ class MicroBatch:
             None if self.padding is None else torch.tensor(self.padding, dtype=torch.bool),
         )
 
-    def counted(self, quantile: Quantile = "histogram") -> RouterStatistics:
-        statistics = RouterStatistics(self.num_experts, self.topk, quantile=quantile)
+    def counted(self) -> RouterStatistics:
+        statistics = RouterStatistics(self.num_experts, self.topk)
         self.add_to(statistics)
         return statistics
 
@@ -115,9 +117,8 @@ def named(statistics: RouterStatistics) -> dict[str, list[int]]:
 
 def cutoffs_of(*ranks: RouterStatistics) -> list[float] | None:
     """Cutoffs of the pool that several ranks counted, None when it has none."""
-    integers = torch.stack([rank.integers() for rank in ranks]).sum(dim=0)
-    reals = torch.stack([rank.estimator.reals for rank in ranks]).sum(dim=0)
-    _, cutoffs_E, valid = ranks[0].reduced(integers, reals, torch.zeros(ranks[0].num_experts))
+    sums = torch.stack([integers(rank) for rank in ranks]).sum(dim=0, dtype=torch.int32)
+    _, cutoffs_E, valid, _ = ranks[0].reduced(sums, torch.zeros(ranks[0].num_experts))
     assert (cutoffs_E.dtype, valid.dtype, valid.shape) == (torch.float64, torch.bool, (1,))
     return cutoffs_E.tolist() if valid else None
 
@@ -137,7 +138,7 @@ def naive_counts(batch: MicroBatch) -> dict[str, list[int]]:
         "fanout_F": [fanouts.count(n) for n in range(E + 1)],
         "tokens": [len(tokens)],
         "micro_batches": [1],
-        "nonfinite": [sum(not math.isfinite(x) for t in tokens for x in batch.logits[t])],
+        "nonfinite_E": [sum(not math.isfinite(batch.logits[t][e]) for t in tokens) for e in range(E)],
     }
 
 
@@ -153,16 +154,15 @@ def naive_cutoffs(rows: list[list[float]], experts: int, topk: int) -> list[floa
 @given(micro_batches(odd=True))
 def test_counts_equal_naive_counting(batch: MicroBatch) -> None:
     statistics = batch.counted()
-    assert statistics.counts.dtype == torch.int64
+    assert statistics.counts.dtype == torch.int32
     assert named(statistics) == naive_counts(batch)
 
 
 @given(micro_batches())
 def test_cutoffs_equal_sorting(batch: MicroBatch) -> None:
-    """The k-th largest logit exactly; from the histogram to within a bin, 16 to an octave."""
+    """The k-th largest logit to within a bin, 16 to an octave."""
     exact = naive_cutoffs(batch.rows(), batch.num_experts, batch.topk)
-    assert cutoffs_of(batch.counted("kth-largest")) == exact
-    binned = cutoffs_of(batch.counted("histogram"))
+    binned = cutoffs_of(batch.counted())
     assert binned == (None if exact is None else pytest.approx(exact, rel=1 / 16, abs=2**-20))
 
 
@@ -187,10 +187,7 @@ def test_padding_leaves_no_trace(batch: MicroBatch, data: st.DataObject) -> None
         bounds=batch.bounds,
         padding=None,
     )
-    for quantile in QUANTILES:
-        ours, theirs = padded.counted(quantile), without.counted(quantile)
-        assert torch.equal(ours.integers(), theirs.integers())
-        assert torch.equal(ours.estimator.reals, theirs.estimator.reals)
+    assert torch.equal(integers(padded.counted()), integers(without.counted()))
 
 
 def test_nan_in_a_real_token_is_counted_once_per_logit() -> None:
@@ -198,7 +195,7 @@ def test_nan_in_a_real_token_is_counted_once_per_logit() -> None:
     statistics = RouterStatistics(3, 1)
     nowhere, padding = torch.zeros(3, 3, dtype=torch.bool), torch.tensor([False, False, True])
     statistics.add(logits, nowhere, thresholds_at(torch.zeros(3)), None, padding)
-    assert named(statistics)["nonfinite"] == [3]
+    assert named(statistics)["nonfinite_E"] == [1, 1, 1]
 
 
 def test_at_bound_counts_the_bound_that_decided_not_the_one_that_is_met() -> None:
@@ -232,7 +229,7 @@ def test_unreachable_bounds_never_decide() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_micro_batch_smaller_than_one_token_per_expert(masked: bool) -> None:
-    """k = floor(T topk / E) is 0 for 3 tokens of 8 experts with fan-out 2: +inf must not reach the mean."""
+    """k = floor(T topk / E) is 0 for 3 tokens of 8 experts with fan-out 2, and 1 for seven."""
     padding = torch.tensor([False] * 3 + [True] * 5) if masked else None
     logits = torch.randn(8 if masked else 3, 8)
     routed = torch.ones_like(logits, dtype=torch.bool)
@@ -240,48 +237,38 @@ def test_a_micro_batch_smaller_than_one_token_per_expert(masked: bool) -> None:
         routed &= ~padding[:, None]
     more = torch.randn(4, 8)
     pool = torch.cat([logits[:3], more])
-    # The mean is over the larger micro-batch alone; the histogram sees one pool of 7 tokens, k = 1.
-    expected = {
-        "kth-largest": more.max(dim=0).values.tolist(),
-        "histogram": pytest.approx(pool.max(dim=0).values.tolist(), rel=1 / 16),
-    }
     thresholds = thresholds_at(torch.zeros(8))
-    for quantile in QUANTILES:
-        statistics = RouterStatistics(8, 2, quantile=quantile)
-        statistics.add(logits, routed, thresholds, None, padding)
-        assert cutoffs_of(statistics) is None
-        counts = named(statistics)
-        assert (counts["tokens"], counts["micro_batches"]) == ([3], [1])
-        assert (counts["usage_E"], counts["fanout_F"]) == ([3] * 8, [0] * 8 + [3])
-        statistics.add(more, more >= 9.0, thresholds)
-        assert cutoffs_of(statistics) == expected[quantile]
+    statistics = RouterStatistics(8, 2)
+    statistics.add(logits, routed, thresholds, None, padding)
+    assert cutoffs_of(statistics) is None
+    counts = named(statistics)
+    assert (counts["tokens"], counts["micro_batches"]) == ([3], [1])
+    assert (counts["usage_E"], counts["fanout_F"]) == ([3] * 8, [0] * 8 + [3])
+    statistics.add(more, more >= 9.0, thresholds)
+    assert cutoffs_of(statistics) == pytest.approx(pool.max(dim=0).values.tolist(), rel=1 / 16)
 
 
-def test_tiny_micro_batches_make_a_pool_for_the_histogram_only() -> None:
+def test_tiny_micro_batches_make_a_pool() -> None:
     """Two tokens on each of four ranks: together one token for each of 8 experts with fan-out 1."""
     logits = torch.randn(4, 2, 8)
-    for quantile in QUANTILES:
-        ranks = [RouterStatistics(8, 1, quantile=quantile) for _ in range(4)]
-        for rank, own in zip(ranks, logits, strict=True):
-            rank.add(own, own >= 0, thresholds_at(torch.zeros(8)))
-        largest = logits.reshape(-1, 8).max(dim=0).values.tolist()
-        found = None if quantile == "kth-largest" else pytest.approx(largest, rel=1 / 16)
-        assert cutoffs_of(*ranks) == found
-        assert cutoffs_of(*ranks[:3]) is None
+    ranks = [RouterStatistics(8, 1) for _ in range(4)]
+    for rank, own in zip(ranks, logits, strict=True):
+        rank.add(own, own >= 0, thresholds_at(torch.zeros(8)))
+    largest = logits.reshape(-1, 8).max(dim=0).values.tolist()
+    assert cutoffs_of(*ranks) == pytest.approx(largest, rel=1 / 16)
+    assert cutoffs_of(*ranks[:3]) is None
 
 
-@both_quantiles
 @pytest.mark.parametrize("padding", [None, torch.zeros(0, dtype=torch.bool), torch.ones(4, dtype=torch.bool)])
-def test_no_tokens(padding: torch.Tensor | None, quantile: Quantile) -> None:
+def test_no_tokens(padding: torch.Tensor | None) -> None:
     tokens = 0 if padding is None else len(padding)
-    statistics = RouterStatistics(3, 1, quantile=quantile)
+    statistics = RouterStatistics(3, 1)
     logits = torch.full((tokens, 3), math.nan)
     nowhere = torch.zeros(tokens, 3, dtype=torch.bool)
     statistics.add(logits, nowhere, thresholds_at(torch.zeros(3)), None, padding)
     expected = {name: [0] * len(values) for name, values in named(statistics).items()}
     assert named(statistics) == expected | {"micro_batches": [1]}
-    assert not statistics.estimator.integers.any()
-    assert not statistics.estimator.reals.any()
+    assert not statistics.integer_parts[1].any()
     assert cutoffs_of(statistics) is None
 
 
@@ -293,27 +280,12 @@ def test_no_tokens(padding: torch.Tensor | None, quantile: Quantile) -> None:
 )
 def test_micro_batches_add_up(batches: list[MicroBatch]) -> None:
     """One accumulator over all, and accumulators of their own added as an all-reduce adds them."""
-    for quantile in QUANTILES:
-        together = RouterStatistics(batches[0].num_experts, 1, quantile=quantile)
-        for batch in batches:
-            batch.add_to(together)
-        alone = [batch.counted(quantile) for batch in batches]
-        assert torch.equal(together.integers(), torch.stack([one.integers() for one in alone]).sum(dim=0))
-        assert cutoffs_of(together) == cutoffs_of(*alone)
-
-
-@given(
-    st.integers(1, 5).flatmap(lambda E: st.lists(micro_batches(experts=E, topk=1), min_size=1, max_size=5))
-)
-def test_kth_largest_is_the_mean_over_micro_batches(batches: list[MicroBatch]) -> None:
-    E = batches[0].num_experts
-    statistics = RouterStatistics(E, 1, quantile="kth-largest")
+    together = RouterStatistics(batches[0].num_experts, 1)
     for batch in batches:
-        batch.add_to(statistics)
-    found = [naive_cutoffs(batch.rows(), E, 1) for batch in batches]
-    samples = [cutoffs for cutoffs in found if cutoffs is not None]
-    mean = [sum(column) / len(samples) for column in zip(*samples, strict=True)]
-    assert cutoffs_of(statistics) == (mean if samples else None)
+        batch.add_to(together)
+    alone = [batch.counted() for batch in batches]
+    assert torch.equal(integers(together), torch.stack([integers(one) for one in alone]).sum(dim=0))
+    assert cutoffs_of(together) == cutoffs_of(*alone)
 
 
 @given(micro_batches(odd=True), st.lists(st.integers(0, 13), max_size=3))
@@ -322,60 +294,29 @@ def test_a_pool_split_anyhow_counts_the_same(batch: MicroBatch, cuts: list[int])
     counted per part."""
     edges = [0, *sorted(cuts), len(batch.logits) + 13]
     parts = [batch.part(slice(*edge)) for edge in itertools.pairwise(edges)]
-    split = RouterStatistics(batch.num_experts, batch.topk, quantile="histogram")
+    split = RouterStatistics(batch.num_experts, batch.topk)
     for part in parts:
         part.add_to(split)
-    whole = batch.counted("histogram")
+    whole = batch.counted()
     times = {"at_bound_E", "micro_batches"}
     expected = {k: [len(parts) * n for n in v] if k in times else v for k, v in named(whole).items()}
     assert named(split) == expected
-    assert torch.equal(split.estimator.integers, whole.estimator.integers)
+    assert torch.equal(split.integer_parts[1], whole.integer_parts[1])
     assert cutoffs_of(split) == cutoffs_of(whole)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_order_of_micro_batches_does_not_show_in_the_threshold(seed: int) -> None:
-    """I3, of the mean: many fp32 cutoffs, of very different sizes, in any order and any grouping."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = torch.randn(200, 9, 4, generator=generator) * torch.logspace(-4, 4, 200)[:, None, None]
-    thresholds = thresholds_at(torch.zeros(4))
-
-    def mean(order: list[int], parts: int) -> torch.Tensor:
-        ranks = [RouterStatistics(4, 1, quantile="kth-largest") for _ in range(parts)]
-        for position, index in enumerate(order):
-            logits = batches[index]
-            ranks[position % parts].add(logits, logits >= 0, thresholds)
-        return torch.tensor(cutoffs_of(*ranks), dtype=torch.float64).float()
-
-    straight = mean(list(range(200)), 1)
-    for parts in (1, 3, 8):
-        order = torch.randperm(200, generator=generator).tolist()
-        assert torch.equal(mean(order, parts), straight)
-
-
-@given(micro_batches())
-def test_counts_go_on_beyond_32_bits(batch: MicroBatch) -> None:
-    """I7: a pool may pass 2**31 tokens; every count crosses it, and 2**53, exactly."""
-    for start in (2**31 - 1, 2**32 - 1, 2**53):
-        for quantile in QUANTILES:
-            statistics = RouterStatistics(batch.num_experts, batch.topk, quantile=quantile)
-            statistics.counts += start
-            statistics.estimator.integers += start
-            batch.add_to(statistics)
-            assert statistics.integers().dtype == torch.int64
-            assert torch.equal(statistics.integers() - start, batch.counted(quantile).integers())
-
-
-@pytest.mark.parametrize("times", [2**24 + 1, 2**31, 2**45])
+@pytest.mark.parametrize("times", [2**20, 2**25 - 1])
 def test_the_quantile_of_a_huge_pool(times: int) -> None:
-    """I7: the same 64 tokens so many times over have the same quantile; k itself passes 2**31."""
+    """I7: the same 64 tokens so many times over have the same quantile, up to the 2**31 - 64 tokens that
+    int32 holds; the product with topk is larger."""
     logits = torch.randn(64, 8)
-    statistics = RouterStatistics(8, 3, quantile="histogram")
+    statistics = RouterStatistics(8, 3)
     statistics.add(logits, logits >= 0, thresholds_at(torch.zeros(8)))
-    integers, reals, centers = statistics.integers(), statistics.estimator.reals, torch.zeros(8)
-    _, cutoffs, _ = statistics.reduced(integers, reals, centers)
-    counts, cutoffs_of_many, valid = statistics.reduced(integers * times, reals, centers)
+    centers = torch.zeros(8)
+    _, cutoffs, _, _ = statistics.reduced(integers(statistics), centers)
+    counts, cutoffs_of_many, valid, _ = statistics.reduced(integers(statistics) * times, centers)
     assert counts.tokens.tolist() == [64 * times]
+    assert counts.tokens.dtype == torch.int64
     assert valid
     torch.testing.assert_close(cutoffs_of_many, cutoffs, rtol=1e-9, atol=1e-9)
 
@@ -388,7 +329,9 @@ def test_the_guards_band_is_where_loads_leave_it(share: float) -> None:
     statistics = RouterStatistics(6, 1)
     centers = logits.sort(dim=0, descending=True).values[k - 1]
     statistics.add(logits, logits >= 0, thresholds_at(torch.zeros(6), centers=centers))
-    lower, upper = statistics.band(statistics.integers(), torch.tensor([4096]), centers, share)
+    band = statistics.reduced(integers(statistics), centers, guard=share)[3]
+    assert band is not None
+    lower, upper = band
     most, fewest = (logits >= lower).sum(0), (logits >= upper).sum(0)
     assert ((most - (1 + share) * k).abs() <= 0.03 * k).all()
     assert ((fewest - max(1 - share, 0.0) * k).abs() <= 0.03 * k).all()
@@ -399,12 +342,17 @@ def test_the_guards_band_at_its_ends() -> None:
     logits = torch.tensor([[4.0], [3.0], [2.0], [1.0]]).expand(-1, 4).contiguous()
     statistics = RouterStatistics(4, 1)
     statistics.add(logits, logits >= 0, thresholds_at(torch.zeros(4)))
-    counts, centers = statistics.integers(), torch.zeros(4)
-    lower, upper = statistics.band(counts, torch.tensor([4]), centers, 1.0)  # k = 1: from 0 to 2 tokens
+
+    def band(share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        found = statistics.reduced(integers(statistics), torch.zeros(4), guard=share)[3]
+        assert found is not None
+        return found
+
+    lower, upper = band(1.0)  # k = 1: from 0 to 2 tokens
     assert (lower < 2.1).all()
     assert (lower > 1.8).all()
     assert upper.isposinf().all()
-    lower, _ = statistics.band(counts, torch.tensor([4]), centers, 3.0)  # 4 of 4 tokens
+    lower, _ = band(3.0)  # 4 of 4 tokens
     assert lower.isneginf().all()
 
 
@@ -412,41 +360,34 @@ def test_the_histogram_is_finest_at_the_last_cutoffs() -> None:
     """Centred there, not on the thresholds that route, which may lag far behind."""
     logits = 5.0 + 0.01 * torch.randn(512, 4)
     thresholds = thresholds_at(torch.full((4,), -3.0), centers=torch.full((4,), 5.0))
-    statistics = RouterStatistics(4, 1, quantile="histogram")
+    statistics = RouterStatistics(4, 1)
     statistics.add(logits, logits >= 0, thresholds)
-    reals = statistics.estimator.reals
-    _, cutoffs, _ = statistics.reduced(statistics.integers(), reals, thresholds.last_cutoff)
+    _, cutoffs, _, _ = statistics.reduced(integers(statistics), thresholds.last_cutoff)
     exact = logits.sort(dim=0, descending=True).values[127].double()
     torch.testing.assert_close(cutoffs, exact, rtol=0, atol=0.001)
 
 
-@both_quantiles
-def test_reset_starts_from_nothing(quantile: Quantile) -> None:
+def test_reset_starts_from_nothing() -> None:
     batch = MicroBatch(1, [[1.0, 2.0], [3.0, 0.5]], [[True, True]] * 2, [0.0, 0.0], None, None)
-    statistics = batch.counted(quantile)
-    record, _, _ = statistics.reduced(
-        statistics.integers(), statistics.estimator.reals.clone(), torch.zeros(2)
-    )
+    statistics = batch.counted()
+    record, _, _, _ = statistics.reduced(integers(statistics), torch.zeros(2))
     statistics.reset()
-    assert not statistics.integers().any()
-    assert not statistics.estimator.reals.any()
+    assert not integers(statistics).any()
     assert cutoffs_of(statistics) is None
     batch.add_to(statistics)
-    assert torch.equal(statistics.integers(), batch.counted(quantile).integers())
-    assert cutoffs_of(statistics) == cutoffs_of(batch.counted(quantile))
+    assert torch.equal(integers(statistics), integers(batch.counted()))
+    assert cutoffs_of(statistics) == cutoffs_of(batch.counted())
     # What was reduced before is a record of its own, and keeps no histogram of its layer alive.
     assert record.tokens.tolist() == [2]
     assert record.tokens.untyped_storage().nbytes() == 8 * BatchCounts.size(2)
 
 
-@both_quantiles
-def test_sizes_are_those_of_the_vectors_that_travel(quantile: Quantile) -> None:
-    """Routers of all layers are stacked for one all-reduce and split by these."""
+def test_the_size_is_that_of_the_vector_that_travels() -> None:
+    """Routers of all layers are stacked for one all-reduce and split by it."""
     for num_experts in (1, 7):
-        statistics = RouterStatistics(num_experts, 1, quantile=quantile)
-        vectors = statistics.integers(), statistics.estimator.reals
-        assert statistics.sizes() == tuple(vector.numel() for vector in vectors)
-        assert [vector.dtype for vector in vectors] == [torch.int64, torch.float64]
+        statistics = RouterStatistics(num_experts, 1)
+        assert statistics.size() == integers(statistics).numel()
+        assert integers(statistics).dtype == torch.int32
 
 
 # --- the vector ---
@@ -457,16 +398,14 @@ def test_split_names_every_number_once(num_experts: int) -> None:
     counts = torch.arange(BatchCounts.size(num_experts))
     parts = BatchCounts.split(counts, num_experts)
     lengths = [getattr(parts, name).numel() for name in NAMES]
-    assert lengths == [num_experts, num_experts, num_experts + 1, 1, 1, 1]
+    assert lengths == [num_experts, num_experts, num_experts + 1, num_experts, 1, 1]
     assert torch.cat([getattr(parts, name) for name in NAMES]).tolist() == counts.tolist()
     parts.tokens.add_(1000)  # views: what is counted lands in the vector that is reduced
-    assert counts[3 * num_experts + 1] == 3 * num_experts + 1 + 1000
+    assert counts[4 * num_experts + 1] == 4 * num_experts + 1 + 1000
 
 
-@both_quantiles
-def test_nothing_keeps_the_graph_alive(quantile: Quantile) -> None:
+def test_nothing_keeps_the_graph_alive() -> None:
     logits = torch.randn(6, 3, requires_grad=True)
-    statistics = RouterStatistics(3, 1, quantile=quantile)
+    statistics = RouterStatistics(3, 1)
     statistics.add(logits, logits >= 0, thresholds_at(torch.zeros(3)))
-    assert not statistics.integers().requires_grad
-    assert not statistics.estimator.reals.requires_grad
+    assert not integers(statistics).requires_grad

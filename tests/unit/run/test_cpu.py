@@ -189,7 +189,7 @@ def test_inference_layers_need_no_transformer_engine_to_say_no() -> None:
     run(
         """
         from types import SimpleNamespace
-        from megatron_et.run import cpu
+        from megatron_et.run import cpu, repairs
         cpu.install()
         try:
             from megatron.core.tensor_parallel import inference_layers
@@ -198,7 +198,7 @@ def test_inference_layers_need_no_transformer_engine_to_say_no() -> None:
         # Newer ones ask isinstance() about classes that are None without Transformer Engine.
         ask = lambda module: isinstance(module, None)
         classless = SimpleNamespace(is_inference_column_parallel_linear=ask)
-        cpu._repair_inference_layers(classless)
+        repairs._repair_inference_layers(classless)
         for module in (classless, inference_layers):
             ask = getattr(module, "is_inference_column_parallel_linear", lambda module: False)
             assert ask(object()) is False
@@ -228,10 +228,10 @@ def test_two_pipeline_stages_with_virtual_stages_need_overlap() -> None:
 def test_a_megatron_without_a_repaired_name_is_refused_by_name() -> None:
     output = run(
         """
-        from megatron_et.run import cpu
+        from megatron_et.run import cpu, repairs
         cpu.install()
         def repair(module): module.not_there
-        cpu._REPAIRS["megatron.core.transformer.torch_norm"] = repair
+        repairs.REPAIRS["megatron.core.transformer.torch_norm"] = repair
         try:
             import megatron.core.transformer.torch_norm
         except ImportError as error:

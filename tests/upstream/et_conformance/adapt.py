@@ -14,12 +14,12 @@ from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_et import ExpertThresholdConfig, ExpertThresholdRouter, install
-from megatron_et.moe.dispatch import (
+from megatron_et.moe.dispatchers import (
     VariableFanoutAllGatherTokenDispatcher,
     VariableFanoutAlltoAllTokenDispatcher,
+    VariableFanoutFlexTokenDispatcher,
 )
-from megatron_et.moe.flex import VariableFanoutFlexTokenDispatcher
-from megatron_et.moe.router import CONFIG_ATTRIBUTE
+from megatron_et.moe.settings import CONFIG_ATTRIBUTE
 
 from .table import Way
 

@@ -1,10 +1,12 @@
-"""Traces (et_trace.jsonl): the numbers of every expert at each logged step, read into arrays.
+"""What a training writes for `report` and `watch`: the trace (et_trace.jsonl), the numbers of every expert at
+each logged step, written a line at a time and read into arrays; and the names of tags in TensorBoard files.
 
 S logged steps, E routed experts, F fan-out bins (0 .. largest fan-out seen, at most E).
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -14,15 +16,57 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_et import __version__
-from megatron_et.observe.alarms import Observation, Row
-from megatron_et.observe.report import ReportError
+from megatron_et.observe.rules import Observation, Row
 
 TRACE_NAME = "et_trace.jsonl"
 TRACE_SCHEMA = 1
 PHASES = ("warmup", "anneal", "threshold")
 
+# Megatron's tags (megatron/training/training.py: training_log and evaluate_and_print_results).
+TRAINING_LOSS = "lm loss"
+VALIDATION_LOSS = "lm loss validation"
+SECONDS_PER_STEP = "iteration-time"
+BY_SAMPLES = " vs samples"
+# Text that this package logs beside Megatron's arguments (host/tensorboard.py).
+OWN_TEXT = "megatron_et/"
+ALARM_TEXT = "megatron_et/alarms"
+VERSIONS_TEXT = "megatron_et/versions"
+
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
+
+
+class ReportError(ValueError):
+    """A run, or a file of it, that cannot be reported."""
+
+
+def append(folder: Path, observation: Observation, num_experts: int, layers: Mapping[int, Any]) -> None:
+    """Append one logged step, `layers` holding LayerBatch.trace() of each layer by its number.
+
+    A last line that a killed process left unfinished is dropped first. Raises OSError.
+    """
+    line = {
+        "schema": TRACE_SCHEMA,
+        "step": observation.step,
+        "phase": observation.phase,
+        "tokens": observation.tokens,
+        "topk": observation.topk,
+        "num_experts": num_experts,
+        "layers": {str(number): values for number, values in layers.items()},
+    }
+    append_line(folder / TRACE_NAME, json.dumps(line))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line; a last line that a killed process left unfinished is dropped first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode() + b"\n")
 
 
 @dataclass(frozen=True)

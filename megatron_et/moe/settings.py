@@ -1,4 +1,4 @@
-"""How many experts a token may get from DeepEP, read off Megatron's arguments or its TransformerConfig.
+"""The settings of a MoE layer: where they come from, and the bound that DeepEP puts on the fan-out.
 
 DeepEP's kernels hold a token's experts in a fixed number of slots and fail on the device past it. So the
 router must bound the fan-out, by score: `--moe-et-max-fanout`, which is filled in here where it was left
@@ -6,10 +6,17 @@ alone, for stock scripts and for users of a TransformerConfig alike.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_et.config import ExpertThresholdConfig
+
+CONFIG_ATTRIBUTE = "expert_threshold"
+"""Attribute of a TransformerConfig that holds an ExpertThresholdConfig, for users without
+megatron.training."""
+
+_arguments: Callable[[], Any] | None = None
 
 DEEPEP_SLOTS = 32
 """DeepEP's dispatch and combine kernels assert num_topk <= 32."""
@@ -74,3 +81,23 @@ def bounded(et: ExpertThresholdConfig, settings: Any) -> ExpertThresholdConfig:
     """The settings with `max_fanout` at the largest legal number where it was left alone and is needed."""
     bound = fanout_bound(settings) if et.active and et.max_fanout is None else None
     return et if bound is None else dataclasses.replace(et, max_fanout=bound.most)
+
+
+def read_arguments_with(get_args: Callable[[], Any]) -> None:
+    """Where settings come from that no TransformerConfig holds: megatron.training's `get_args` (host/)."""
+    global _arguments
+    _arguments = get_args
+
+
+def resolve_config(transformer_config: Any) -> ExpertThresholdConfig:
+    """Settings for a layer: the TransformerConfig's attribute, else Megatron's global arguments, else plain
+    top-k; with the bound on the fan-out that the dispatcher needs."""
+    attached = getattr(transformer_config, CONFIG_ATTRIBUTE, None)
+    if attached is not None:
+        return bounded(attached, transformer_config)
+    if _arguments is None:
+        return ExpertThresholdConfig()
+    try:
+        return bounded(ExpertThresholdConfig.from_args(_arguments()), transformer_config)
+    except AssertionError:  # a loop without megatron.training's arguments: they were never parsed
+        return ExpertThresholdConfig()

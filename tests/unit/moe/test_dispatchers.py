@@ -6,7 +6,7 @@ Dimension letters: T tokens, E experts.
 import pytest
 import torch
 
-from megatron_et.moe.dropping import DropPolicy, drop_over_capacity
+from megatron_et.moe.dispatchers import DropPolicy, drop_over_capacity
 from megatron_et.rule.routing import expert_threshold
 
 # Megatron says at every import what is not installed.

@@ -227,7 +227,7 @@ class Histogram:
     quantiles of any merged pool come from them.
 
     Bins are spaced log-linearly on both sides of the centre: 16 in every octave of |logit - centre|, from
-    2^-20 to 2^12 for 1,024 bins. They are fine where the quantile is expected and reach everywhere: the
+    2^-10 to 2^6 for 512 bins. They are fine where the quantile is expected and reach everywhere: the
     outermost bins take the rest of the number line, so a quantile that is far off is only found coarsely, and
     the next batch, centred on that finding, finds it finely. No scale has to be known, and the first batch
     starts at centre 0.
@@ -246,7 +246,7 @@ class Histogram:
     def __init__(
         self,
         num_experts: int,
-        bins: int = 1024,
+        bins: int = 512,
         *,
         centers: torch.Tensor | None = None,
         device: torch.device | int | str | None = None,

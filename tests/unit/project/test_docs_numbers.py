@@ -65,8 +65,8 @@ def test_statistics_of_the_example() -> None:
     text = CLUSTER.read_text()
     assert f"{LAYERS} routers; {sizes.readable(LAYERS * one.saved)} of thresholds in the checkpoint" in text
     assert f"{reduced} for {LAYERS} layers of {EXPERTS} experts" in FAQ.read_text()
-    # "4 KiB for each expert and layer", up to the counts beside the histogram.
-    assert 4096 <= one.reduced / EXPERTS < 4150
+    # "2 KiB for each expert and layer", up to the counts beside the histogram.
+    assert 2048 <= one.reduced / EXPERTS < 2100
 
 
 def test_traffic_of_the_global_pool() -> None:

@@ -4,7 +4,7 @@
     make quickstart QUICKSTART_ARGS="--iterations 60 --run runs/short"
 
 Steps, each skipped when its result is already there:
- 1. a corpus of code and prose from this Python's own files          runs/corpus
+ 1. a corpus of code and prose from pinned packages' files           runs/corpus
  2. a SentencePiece tokenizer and Megatron .bin/.idx datasets        runs/data
  3. torchrun, 2 processes, EP=2: a GPT with a dense first layer and MoE layers of 16 routed experts + 1
     shared; Expert Choice warm-up, then thresholds; stopped          runs/quickstart/checkpoints, tensorboard
@@ -25,10 +25,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import corpus as pinned_corpus
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_et.data.corpus import build_corpus
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.observe.report.command import make_report, print_report
@@ -36,7 +36,6 @@ from megatron_et.observe.report.command import make_report, print_report
 console = Console()
 DOMAINS = ("code", "prose")
 VOCABULARY = 4096
-BYTES_PER_DOMAIN = 6_000_000
 PROCESSES = 2
 LOG_INTERVAL = 5
 
@@ -103,12 +102,13 @@ def prepare_data(corpus: Path, data: Path) -> None:
     """Corpus, tokenizer and datasets; what exists is kept."""
     texts = {f"{d}.{s}": corpus / f"{d}.{s}.jsonl" for d in DOMAINS for s in ("train", "valid")}
     if not all(path.is_file() for path in texts.values()):
-        console.print(
-            "[bold]1/5[/] building a corpus from this Python's own sources, docstrings and licences"
-        )
-        summary = build_corpus(corpus, max_bytes_per_domain=BYTES_PER_DOMAIN)
-        for name, size in summary.sizes.items():
-            console.print(f"      {name:12} {size.documents:5d} documents  {size.bytes / 1e6:6.2f} MB")
+        console.print("[bold]1/5[/] building a corpus from pinned packages' sources, docstrings and licences")
+        built = pinned_corpus.build(corpus, "quickstart")
+        for name in built.paths:
+            console.print(
+                f"      {name:12} {built.documents[name]:5d} documents  {built.bytes[name] / 1e6:6.2f} MB"
+            )
+        console.print(f"      {built}")
     model = data / "tokenizer.model"
     data.mkdir(parents=True, exist_ok=True)
     if not model.is_file():

@@ -1,146 +1,89 @@
-"""The bundled corpus: deterministic, split by file, without duplicates or paths of the machine."""
+"""The pinned corpus (examples/corpus.py), in its small size."""
 
-import ast
-import inspect
 import json
-import re
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-from megatron_et.data.corpus import CorpusSummary, _read_code, build_corpus, is_held_out
+from examples import corpus
+from examples.corpus import NAMES, Corpus, build, differences, is_held_out
 
-pytestmark = pytest.mark.megatron_free
-
-NAMES = ["code.train", "code.valid", "prose.train", "prose.valid"]
-LIMIT = 600_000
+pytestmark = pytest.mark.megatron_free  # another version of Megatron is another source
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusSummary:
-    return build_corpus(tmp_path_factory.mktemp("corpus"), max_bytes_per_domain=LIMIT, valid_percent=10)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return build(tmp_path_factory.mktemp("corpus"), "quickstart", progress=False)
 
 
-def documents(corpus: CorpusSummary, name: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in corpus.paths[name].read_text(encoding="utf-8").splitlines()]
+def texts(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def file_of(source: str) -> str:
-    return source.removesuffix(":docstrings")
+def test_every_byte_is_as_pinned(built: Corpus) -> None:
+    """On every machine with the lock; `python examples/corpus.py OUT --write-hashes` after a new one."""
+    assert built.differences == []
+    assert str(built).startswith("corpus: as pinned, sha256 ")
 
 
-def test_same_installation_same_bytes(corpus: CorpusSummary, tmp_path: Path) -> None:
-    again = build_corpus(tmp_path, max_bytes_per_domain=LIMIT, valid_percent=10, progress=False)
-    assert again.sizes == corpus.sizes
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.jsonl" for name in NAMES]
-    for name in NAMES:
-        assert again.paths[name].read_bytes() == corpus.paths[name].read_bytes()
+def test_the_sizes_are_those_asked_for(built: Corpus) -> None:
+    for domain in corpus.DOMAINS:
+        both = built.bytes[f"{domain}.train"] + built.bytes[f"{domain}.valid"]
+        assert 5_800_000 < both <= 6_000_000
+    for name, path in built.paths.items():
+        found = texts(path)
+        assert len(found) == built.documents[name]
+        assert sum(len(document["text"].encode()) for document in found) == built.bytes[name]
 
 
-def test_summary_counts_what_was_written(corpus: CorpusSummary) -> None:
-    for name in NAMES:
-        texts = [document["text"] for document in documents(corpus, name)]
-        assert corpus.sizes[name].documents == len(texts)
-        assert corpus.sizes[name].bytes == sum(len(text.encode()) for text in texts)
+def test_files_are_held_out_whole(built: Corpus) -> None:
+    for name, path in built.paths.items():
+        for document in texts(path):
+            file = document["source"].removesuffix(":docstrings")
+            assert is_held_out(file) == name.endswith("valid")
+    shares = [is_held_out(f"package/file{n}.py") for n in range(4000)]
+    assert 0.04 < sum(shares) / len(shares) < 0.06
 
 
-def test_limit_and_share_of_validation(corpus: CorpusSummary) -> None:
-    for domain in ("code", "prose"):
-        valid, train = (corpus.sizes[f"{domain}.{split}"].bytes for split in ("valid", "train"))
-        assert 0.9 * LIMIT < valid + train <= LIMIT
-        assert 0.05 * LIMIT < valid <= 0.1 * LIMIT
+def test_no_long_piece_appears_twice(built: Corpus) -> None:
+    seen: set[str] = set()
+    for domain in corpus.DOMAINS:
+        for split in ("valid", "train"):
+            found = [document["text"] for document in texts(built.paths[f"{domain}.{split}"])]
+            assert not seen & set(found)
+            assert len(found) == len(set(found))
+            seen |= set(found)
 
 
-def test_no_file_is_on_both_sides(corpus: CorpusSummary) -> None:
-    files = {name: {file_of(document["source"]) for document in documents(corpus, name)} for name in NAMES}
-    valid = files["code.valid"] | files["prose.valid"]
-    assert not valid & (files["code.train"] | files["prose.train"])
-    assert all(is_held_out(file, 10) for file in valid)
+def test_code_is_no_copy_of_code(built: Corpus) -> None:
+    """Of no document more than a third of the long lines stood in those before it, validation first."""
+    before: set[str] = set()
+    for split in ("valid", "train"):
+        for document in texts(built.paths[f"code.{split}"]):
+            lines = {line.strip() for line in document["text"].splitlines() if len(line.strip()) >= 20}
+            assert len(lines & before) <= len(lines) / 3
+            before |= lines
 
 
-def test_no_text_twice(corpus: CorpusSummary) -> None:
-    texts = [document["text"] for name in NAMES for document in documents(corpus, name)]
-    assert len(set(texts)) == len(texts)
+def test_another_byte_and_another_version_are_said(built: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = built.paths["code.valid"].parent
+    path = built.paths["code.valid"]
+    original = path.read_bytes()
+    path.write_bytes(original + b" ")
+    try:
+        assert differences(folder, "quickstart") == ["code.valid.jsonl differs"]
+        real = corpus.importlib.metadata.version
+        monkeypatch.setattr(
+            corpus.importlib.metadata, "version", lambda name: "0.1" if name == "numpy" else real(name)
+        )
+        said = differences(folder, "quickstart")
+        assert said[0] == "code.valid.jsonl differs"
+        assert said[1].startswith("numpy is 0.1 here and ")
+        assert len(said) == 2
+    finally:
+        path.write_bytes(original)
+    assert differences(folder, "quickstart") == []  # a version alone, with the same bytes, is no difference
 
 
-def test_docstrings_of_held_out_files_are_not_in_training(corpus: CorpusSummary) -> None:
-    train = {
-        paragraph
-        for document in documents(corpus, "prose.train")
-        for paragraph in re.split(r"\n\n+", document["text"])
-    }
-    held_out = documents(corpus, "code.valid") + documents(corpus, "prose.valid")
-    files = {file_of(d["source"]) for d in held_out if file_of(d["source"]).endswith(".py")}
-    roots = {"stdlib": sysconfig.get_path("stdlib"), "site-packages": sysconfig.get_path("purelib")}
-    checked = 0
-    for file in sorted(files):
-        label, _, relative = file.partition("/")
-        for node in ast.walk(ast.parse(Path(roots[label], relative).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                docstring = ast.get_docstring(node) or ""
-                if len(docstring) >= 80 and "\n\n" not in docstring:
-                    assert docstring not in train
-                    checked += 1
-    assert checked > 10
-
-
-def test_paragraphs_of_held_out_prose_are_not_in_training(corpus: CorpusSummary) -> None:
-    train = "\n".join(document["text"] for document in documents(corpus, "prose.train"))
-    held_out = [d for d in documents(corpus, "prose.valid") if not d["source"].endswith(":docstrings")]
-    assert held_out
-    for document in held_out:
-        assert not [part for part in document["text"].split("\n\n") if len(part) >= 80 and part in train]
-
-
-def test_code_is_byte_for_byte_the_file(corpus: CorpusSummary) -> None:
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    for document in documents(corpus, "code.train"):
-        path = stdlib / document["source"].removeprefix("stdlib/")
-        assert document["text"].encode() == path.read_bytes()
-
-
-def test_prose_is_docstrings_and_shipped_texts(corpus: CorpusSummary) -> None:
-    sources = {document["source"]: document["text"] for document in documents(corpus, "prose.train")}
-    assert any(source.startswith("stdlib/pydoc_data/topics.py:") for source in sources)
-    assert any(source.endswith("METADATA") for source in sources)
-    for source, text in sources.items():
-        if source.startswith("stdlib/") and source.endswith(":docstrings"):
-            path = Path(sysconfig.get_path("stdlib"), file_of(source).removeprefix("stdlib/"))
-            first_lines = inspect.cleandoc(text).splitlines()
-            assert first_lines[0].strip() in path.read_text(encoding="utf-8")
-
-
-def test_sources_name_no_path_of_the_machine(corpus: CorpusSummary) -> None:
-    for name in NAMES:
-        for document in documents(corpus, name):
-            assert document["source"].startswith(("stdlib/", "site-packages/"))
-            assert ".." not in document["source"]
-            assert sys.prefix not in document["text"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"valid_percent": 0}, "valid_percent is 0"),
-        ({"valid_percent": 51}, "valid_percent is 51"),
-        ({"max_bytes_per_domain": 0}, "max_bytes_per_domain is 0"),
-        ({"max_bytes_per_domain": 100}, "leaves no document for code.valid"),
-    ],
-)
-def test_numbers_out_of_range(tmp_path: Path, arguments: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_corpus(tmp_path, **arguments)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_generated_tables_and_undecodable_files_are_left_out(tmp_path: Path) -> None:
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    assert _read_code(stdlib / "encodings" / "cp437.py") == []
-    assert _read_code(stdlib / "ast.py") == [(stdlib / "ast.py").read_text(encoding="utf-8")]
-    table = tmp_path / "table.py"
-    table.write_text("TABLE = [" + "0x1234, " * 100 + "]\n")
-    latin = tmp_path / "latin.py"
-    latin.write_bytes("# coding: latin-1\nname = 'é'\n".encode("latin-1"))
-    assert _read_code(table) == _read_code(latin) == []
+def test_a_missing_folder_differs_everywhere(tmp_path: Path) -> None:
+    assert differences(tmp_path, "full")[:4] == [f"{name}.jsonl differs" for name in NAMES]

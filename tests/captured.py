@@ -30,7 +30,12 @@ def router(graph: bool, megatron: dict[str, Any] | None = None, **et: Any) -> An
     config = TransformerConfig(**settings | (megatron or {}))
     one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     groups = SimpleNamespace(tp=one, cp=one, tp_cp=one, tp_dp_cp=one)
-    options = {"router_type": "expert-threshold", "warmup_steps": WARMUP, "ema_decay": 0.5} | et
+    options = {
+        "router_type": "expert-threshold",
+        "warmup_steps": WARMUP,
+        "ema_decay": 0.5,
+        "kernels": "torch",
+    } | et
     built = ExpertThresholdRouter(
         config=config, pg_collection=groups, et_config=ExpertThresholdConfig(**options)
     )

@@ -56,7 +56,7 @@ def _topk(balancing: str, **config: Any) -> dict[str, Any]:
 
 
 def _et(router_type: str, **et: Any) -> dict[str, Any]:
-    return {"router_type": router_type, "ema_decay": 0.9, "warmup_steps": 20} | et
+    return {"router_type": router_type, "ema_decay": 0.9, "warmup_steps": 20, "kernels": "torch"} | et
 
 
 _FUSED = {"moe_router_fusion": True}

@@ -29,7 +29,9 @@ def layer_of(thresholds_E: torch.Tensor, **dispatcher: Any) -> Any:
         params_dtype=torch.bfloat16, moe_router_score_function="sigmoid", moe_router_dtype="fp32",
         moe_router_load_balancing_type="none", **dispatcher,
     )  # fmt: skip
-    config.expert_threshold = ExpertThresholdConfig(router_type="expert-threshold", warmup_steps=0)
+    config.expert_threshold = ExpertThresholdConfig(
+        router_type="expert-threshold", warmup_steps=0, kernels="torch"
+    )
     layer = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)(config=config)
     layer = layer.cuda().train()
     layer.set_layer_number(1)

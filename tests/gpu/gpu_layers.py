@@ -143,7 +143,7 @@ def moe_layer(
     # Not through the constructor: Megatron then asks for the overlapped schedule, which takes several GPUs.
     transformer_config.delay_wgrad_compute = delay_weight_gradients
     transformer_config.expert_threshold = ExpertThresholdConfig(
-        router_type="expert-threshold", **{"warmup_steps": 0} | (et or {})
+        router_type="expert-threshold", **{"warmup_steps": 0, "kernels": "torch"} | (et or {})
     )
     build = get_moe_module_spec(use_te=layout.needs_te, num_experts=EXPERTS, moe_grouped_gemm=grouped)
     layer = build(config=transformer_config).cuda()

@@ -115,3 +115,35 @@ def test_a_layer_without_candidate_is_an_error_that_commits_none() -> None:
         commit(routers)
     assert torch.equal(routers[0].thresholds.value, before)
     assert routers[0].thresholds.updates_on_host() == 0
+
+
+def test_thresholds_put_back_unseen_are_told_once_and_the_warm_up_comes_back(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A broadcast into num_updates of a router that had passed its warm-up of 2 batches."""
+    one = router(False)
+    for step in range(3):
+        train([one], step)
+        boundary([one])
+    one.thresholds.num_updates.data.zero_()
+    one.thresholds.value.fill_(99.0)
+    for step in (3, 4):
+        _, routing_map = one.routing(torch.randn(40, 8))
+        # The first batch is routed by a threshold that nobody reaches, the next by Expert Choice again.
+        assert routing_map.sum(dim=0).tolist() == ([0] * 8 if step == 3 else [10] * 8)
+        boundary([one])
+        one.thresholds.value.fill_(99.0)
+    said = capsys.readouterr().out
+    assert said.count("put back from 3 to 0 updates by a write that torch does not count") == 1
+
+
+def test_a_state_dict_from_before_there_was_one_counter_loads() -> None:
+    """Strictly: it has `committed_batches` beside the thresholds' own count."""
+    old, new = router(False), router(False)
+    for step in range(3):
+        train([old], step)
+        boundary([old])
+    state = old.state_dict() | {"committed_batches": torch.tensor([3])}
+    new.load_state_dict(state)
+    assert new.thresholds.updates_on_host() == 3
+    assert torch.equal(new.thresholds.value, old.thresholds.value)

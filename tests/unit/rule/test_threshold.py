@@ -1,5 +1,7 @@
 """The EMA against Adam-style bias correction, and the two halves of an update (I4)."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -185,3 +187,35 @@ def test_state_dict_round_trip_is_bitwise() -> None:
 def test_bad_decay(decay: float) -> None:
     with pytest.raises(ValueError, match="decay is"):
         ThresholdEMA(2, decay)
+
+
+WRITES = {
+    "copy": lambda ema: ema.num_updates.copy_(torch.tensor([3])),
+    "load_state_dict": lambda ema: ema.load_state_dict(
+        {**ema.state_dict(), "num_updates": torch.tensor([3])}
+    ),
+    "assigned": lambda ema: ema.load_state_dict(
+        {**ema.state_dict(), "num_updates": torch.tensor([3])}, assign=True
+    ),
+    "moved": lambda ema: ema._buffers.update(num_updates=torch.tensor([3])),
+    "filled": lambda ema: ema.num_updates.fill_(3),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_load_is_seen_at_once_on_the_host(write: Callable[[ThresholdEMA], object]) -> None:
+    ema = ThresholdEMA(2, 0.9)
+    for _ in range(5):
+        ema.update(torch.zeros(2))
+    assert ema.updates_on_host() == 5
+    write(ema)
+    assert ema.updates_on_host() == 3
+
+
+def test_a_write_that_torch_does_not_count_is_seen_when_the_host_is_told() -> None:
+    """As a broadcast's: one global batch later (synchronize.commit)."""
+    ema = ThresholdEMA(2, 0.9)
+    ema.num_updates.data.fill_(7)
+    assert ema.updates_on_host() == 0
+    ema.saw(int(ema.num_updates))
+    assert ema.updates_on_host() == 7

@@ -25,10 +25,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import corpus as pinned_corpus
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Run as a script: the repository is the place of `examples`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples import corpus as pinned_corpus
 from megatron_et.data.dataset import write_dataset
 from megatron_et.data.tokenizer import train_tokenizer
 from megatron_et.observe.report.command import make_report, print_report

@@ -120,7 +120,7 @@ def prepare_data(corpus: Path, data: Path) -> None:
         train_tokenizer(training_texts, model.with_suffix(""), VOCABULARY)
     for name, path in texts.items():
         if not (data / f"{name}.idx").is_file():
-            console.print(f"      {write_dataset([path], data / name, model, restart=True)}")
+            console.print(f"      {write_dataset([path], data / name, model)}")
 
 
 def train(args: list[str], iterations: int, log: Path, what: str) -> None:

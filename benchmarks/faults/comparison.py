@@ -160,8 +160,8 @@ class Checkpoint:
         return cls(tensors, objects)
 
     def router_state(self) -> "Checkpoint":
-        """Thresholds and counters of the Expert Threshold routers alone."""
-        ours = re.compile(r"\.router\.(thresholds\.\w+|committed_batches)$")
+        """Thresholds and their counters of the Expert Threshold routers alone."""
+        ours = re.compile(r"\.router\.thresholds\.\w+$")
         return Checkpoint({key: value for key, value in self.tensors.items() if ours.search(key)}, {})
 
 

@@ -1,260 +1,234 @@
-"""Input files and a tokenizer into a Megatron .bin/.idx dataset, the same bytes for any number of workers.
+"""Input files and a tokenizer into a Megatron dataset, the same bytes for any number of workers.
 
-    pieces (pieces.py) -> workers (workers.py: records.py, encoders.py) -> in order into a draft (draft.py)
+    batches of records (records.py) -> workers -> in order into a part for each file -> all parts joined
 
-Workers import what is imported here: no torch and no Megatron.
+Parts wait in PREFIX.parts until all are there. A part's name is a hash of all that decides its bytes: one
+that is found is the right one, and for a changed input or setting none is found.
 """
 
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+import warnings
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from megatron_et.data.draft import Draft
-from megatron_et.data.encoders import Tokenizer, digest, read_tokenizer, token_type
-from megatron_et.data.pieces import Cursor, Piece, pieces
-from megatron_et.data.progress import encoding_progress
-from megatron_et.data.reading import PrepareError, check_inputs, has_numbered_records
-from megatron_et.data.workers import Encoded, Options, encode
+import numpy as np
 
-# A record is held whole, and a tokenizer needs many times its size.
-MAX_RECORD_BYTES = 1 << 28
-# Ids and lengths of a document must fit Megatron's 32 bits, at up to one token a byte.
-_LARGEST_RECORD_BYTES = 1 << 30
-# What a kill costs at most, and how often the disk has to keep up.
-_COMMIT_SECONDS = 5.0
-# So many bad records in a row at the very beginning are no accident.
-_HOPELESS = 1_000
+from megatron_et.data.files import PrepareError, byte_progress, staged
+from megatron_et.data.records import Batch, batches, document, find_inputs, text_of
+from megatron_et.data.tokenizer import read_tokenizer
+
+_AHEAD = 4  # batches per worker that are read and not yet written: what bounds the memory
+_ENOUGH = 1_000  # records that say something about the rest
+# A part takes time of its own: so small files in a row share one, up to so many of them.
+_SMALL_BYTES, _SMALL_FILES = 1 << 20, 200
 
 
 @dataclass
-class BadRecords:
-    """Bad records of one reason: how many, and the place of the first: its file, and line or row."""
+class Summary:
+    """What a dataset is made of; `first`: where the first record stands that was left out for a reason."""
 
-    count: int
-    first: str
+    counts: Counter[str] = field(default_factory=Counter)
+    """documents, tokens (eod among them), bytes (of text), input (bytes read)"""
+    bad: Counter[str] = field(default_factory=Counter)  # records by reason
+    first: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
-
-@dataclass(frozen=True)
-class DatasetSummary:
-    """What `write_dataset` wrote: tokens (eod included), bytes of text in UTF-8, records good and bad.
-
-    `seconds` are those of this run, `resumed_tokens` the tokens that an interrupted run before it had made.
-    """
-
-    prefix: Path
-    documents: int
-    tokens: int
-    bytes: int
-    records: int
-    seconds: float
-    bad_records: dict[str, BadRecords] = field(default_factory=dict)
-    resumed_tokens: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of this run."""
-        return (self.tokens - self.resumed_tokens) / self.seconds
+    def add(self, other: "Summary") -> None:
+        """Adds what comes next."""
+        self.counts.update(other.counts)
+        self.bad.update(other.bad)
+        self.first = other.first | self.first
 
     def __str__(self) -> str:
-        return (
-            f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, "
-            f"{self.bytes:,} bytes of text in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
-        )
+        documents, tokens, size = (self.counts[name] for name in ("documents", "tokens", "bytes"))
+        return f"{documents:,} documents, {tokens:,} tokens, {size:,} bytes of text in {self.seconds:.1f} s"
+
+    def bad_records(self) -> str:
+        """The bad ones in words."""
+        reasons = (f"{count:,} {reason}, first at {self.first[reason]}" for reason, count in self.bad.items())
+        records = self.bad.total() + self.counts["documents"]
+        return f"{self.bad.total():,} of {records:,} records are bad ({'; '.join(reasons)})"
+
+    def check(self, strict: bool, max_bad_share: float, *, complete: bool = False) -> None:
+        """Raises PrepareError if the input is too bad to go on."""
+        bad, good = self.bad.total(), self.counts["documents"]
+        if bad and strict:
+            raise PrepareError(f"{self.bad_records()}: correct them or leave out --strict")
+        if not good and (complete or bad >= _ENOUGH):
+            raise PrepareError(f"no document so far, {self.bad_records()}: check --json-key and the input")
+        if bad > max_bad_share * (bad + good) and (complete or bad + good >= _ENOUGH):
+            raise PrepareError(f"{self.bad_records()}, more than --max-bad-share {max_bad_share:g}")
+
+
+# A batch's tokens end to end, how many each document has, counts.
+Encoded = tuple[np.ndarray, list[int], Summary]
+Encode = Callable[[Batch], Encoded]
 
 
 def write_dataset(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     prefix: Path,
     tokenizer_model: Path,
     *,
     json_key: str = "text",
     append_eod: bool = True,
     special_tokens: bool = True,
-    max_record_bytes: int = MAX_RECORD_BYTES,
     workers: int = 1,
     strict: bool = False,
     max_bad_share: float = 1.0,
-    training: Mapping[str, int] | None = None,
-    restart: bool = False,
-    progress: bool = True,
-) -> DatasetSummary:
+) -> Summary:
     """Tokenizes the inputs, in order, into the Megatron dataset `prefix`.bin and `prefix`.idx.
 
-    Token ids are those of Megatron's SentencePieceTokenizer or HuggingFaceTokenizer for the same model; with
-    `append_eod` each document ends with its `eod`; without `special_tokens` a Hugging Face tokenizer adds
-    none. Everything is read as a stream; one record, which in a text file is the whole file, has to fit into
-    memory, and one of more than `max_record_bytes` is bad. With more than one worker, processes are spawned:
-    the calling script needs its `if __name__ == "__main__"`.
-
-    An interrupted call leaves `prefix`.partial, and the next one with the same arguments goes on from there
-    (draft.py); `restart` makes it begin anew. `training` says how the tokenizer was made, if it was made for
-    this dataset: for the comparison of the two calls.
-
-    Raises PrepareError if an input or the tokenizer is unusable, if there is no document at all, if the input
-    changed since an interrupted call, with `strict` at the first bad record, and if more than `max_bad_share`
-    of the records are bad; OSError if a file cannot be read or written. Then the dataset is as it was before.
+    With more than one worker processes are spawned: the calling script needs `if __name__ == "__main__"`. If
+    it raises, PrepareError or OSError, the dataset is as before, and the next call skips finished files.
     """
-    check_inputs(inputs)
-    _check_numbers(workers, max_bad_share, max_record_bytes)
-    tokenizer = read_tokenizer(tokenizer_model, special_tokens=special_tokens)
-    encoder = tokenizer.encoder()
-    if append_eod and encoder.eod is None:
+    paths, tokenizer = find_inputs(inputs), read_tokenizer(tokenizer_model, special_tokens)
+    if append_eod and tokenizer.eod < 0:
         raise PrepareError(
-            f"the tokenizer {tokenizer_model} has {encoder.no_eod}, which is Megatron's eod: "
-            "use --no-append-eod or a tokenizer with one"
+            f"{tokenizer_model} has no eos, Megatron's eod: use --no-append-eod or another one"
         )
-    options = Options(json_key, append_eod, max_record_bytes)
-    began = time.perf_counter()
-    run = _run_settings(inputs, tokenizer, options) | dict(training or {})
-    with Draft(prefix, run, restart=restart) as draft:
-        tally = _Tally(inputs, draft.progress, strict=strict, max_bad_share=max_bad_share)
-        tokens_before = tally.tokens
-        tally.check()
-        if not draft.finished:
-            _encode_into(draft, tally, inputs, tokenizer, options, workers, progress)
-        draft.finish(token_type(encoder.vocab_size))
-    return DatasetSummary(
-        prefix=prefix,
-        documents=tally.documents,
-        tokens=tally.tokens,
-        bytes=tally.bytes,
-        records=tally.records,
-        seconds=time.perf_counter() - began,
-        bad_records=tally.bad,
-        resumed_tokens=tokens_before,
-    )
+    dtype = _megatron().DType.optimal_dtype(tokenizer.vocab_size)
+    encode = partial(_encode, tokenizer_model, special_tokens, json_key, append_eod, np.dtype(dtype).char)
+    began, summary, folder, parts = time.perf_counter(), Summary(), Path(f"{prefix}.parts"), []
+    try:
+        with (
+            staged(Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), scratch=folder) as (tokens, index),
+            _pool(workers) as pool,
+            byte_progress("Tokenizing", sum(map(_size, paths))) as advance,
+        ):
+            for files in _groups(paths):
+                settings = (
+                    tokenizer.digest,
+                    json_key,
+                    append_eod,
+                    [(p.absolute(), p.stat().st_size, p.stat().st_mtime_ns) for p in files],
+                )
+                parts.append(folder / hashlib.sha256(repr(settings).encode()).hexdigest()[:32])
+                source = (batch for path in files for batch in batches(path, json_key))
+                for more in _part(parts[-1], dtype, _in_order(pool, encode, source, _AHEAD * workers)):
+                    summary.add(more)
+                    summary.check(strict, max_bad_share)
+                    advance(more.counts["input"])
+            summary.check(strict, max_bad_share, complete=True)
+            joined = _megatron().IndexedDatasetBuilder(str(tokens), dtype=dtype)
+            for part in parts:
+                joined.add_index(str(part))
+            joined.finalize(str(index))
+        shutil.rmtree(folder)
+    except BrokenProcessPool:
+        raise PrepareError("a worker was killed, perhaps for memory: use fewer --workers") from None
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing is finished there is nothing to keep
+    summary.seconds = time.perf_counter() - began
+    return summary
 
 
-def _check_numbers(workers: int, max_bad_share: float, max_record_bytes: int) -> None:
-    if workers < 1:
-        raise PrepareError(f"{workers} workers cannot encode: use at least 1")
-    if not 0 <= max_bad_share <= 1:
-        raise PrepareError(f"{max_bad_share} is not a share of the records: give a number from 0 to 1")
-    if not 1 <= max_record_bytes <= _LARGEST_RECORD_BYTES:
-        raise PrepareError(
-            f"records of up to {max_record_bytes:,} bytes cannot be indexed: give 1 to "
-            f"{_LARGEST_RECORD_BYTES:,} bytes"
-        )
+def _megatron() -> Any:
+    """Megatron's module of datasets. It imports torch, and talks of GPUs and ranks that nobody here needs."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore", UserWarning)
+    from megatron.core.datasets import indexed_dataset
+
+    logging.disable(logging.NOTSET)
+    return indexed_dataset
 
 
-def _run_settings(inputs: Sequence[Path], tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
-    """All that decides the bytes of a dataset, for `Draft`; a file is known by its size and modification."""
-    status = [(path.absolute(), path.stat()) for path in inputs]
-    return {
-        "inputs": [(str(path), s.st_size, s.st_mtime_ns) for path, s in status],
-        "tokenizer": digest(tokenizer),
-        "--json-key": options.json_key,
-        "--no-append-eod": not options.append_eod,
-        "--max-record-bytes": options.max_record_bytes,
-    }
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
-def _encode_into(
-    draft: Draft,
-    tally: "_Tally",
-    inputs: Sequence[Path],
-    tokenizer: Tokenizer,
-    options: Options,
-    workers: int,
-    progress: bool,
-) -> None:
-    """Appends all documents that the draft has not yet, committing now and then."""
-    total = sum(path.stat().st_size for path in inputs)
-    work = pieces(inputs, options.json_key, options.max_record_bytes, tally.cursor)
-    committed = time.monotonic()
-    with (
-        closing(encode(work, tokenizer, options, workers, draft.folder / "tokenizer")) as results,
-        encoding_progress(total, tally.input_bytes, tally.documents, enabled=progress) as advance,
+def _groups(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """The files of each part."""
+    small = [
+        index // _SMALL_FILES if _size(path) <= _SMALL_BYTES else None for index, path in enumerate(paths)
+    ]
+    for _, group in groupby(
+        zip(paths, small, strict=True), lambda file: file[0] if file[1] is None else file[1]
     ):
-        for piece, encoded in results:
-            draft.add(encoded.tokens, encoded.lengths)
-            new_tokens = tally.add(piece, encoded)
-            advance(piece.share, len(encoded.lengths), new_tokens, encoded.text_bytes)
-            tally.check()
-            if time.monotonic() - committed >= _COMMIT_SECONDS:
-                draft.commit(tally.state())
-                committed = time.monotonic()
-    tally.check(complete=True)
-    draft.commit(tally.state(), finished=True)
+        yield [path for path, _ in group]
 
 
-class _Tally:
-    """Counts of a dataset being written, and how much of the input they stand for."""
+def _part(part: Path, dtype: Any, encoded: Iterator[Encoded]) -> Iterator[Summary]:
+    """Writes a part unless it is there; gives its counts as they come."""
+    targets = [part.with_suffix(suffix) for suffix in (".bin", ".idx", ".json")]
+    if targets[-1].exists():
+        done = json.loads(targets[-1].read_text())
+        yield Summary(Counter(done["counts"]), Counter(done["bad"]), done["first"])
+        return
+    summary = Summary()
+    with staged(*targets) as (tokens, index, counts):
+        builder = _megatron().IndexedDatasetBuilder(str(tokens), dtype=dtype)
+        for ids, lengths, more in encoded:
+            for start, length in zip(np.cumsum(lengths) - lengths, lengths, strict=True):
+                builder.add_document(ids[start : start + length], [length])
+            summary.add(more)
+            yield more
+        builder.finalize(str(index))
+        counts.write_text(json.dumps({"counts": summary.counts, "bad": summary.bad, "first": summary.first}))
 
-    def __init__(
-        self, inputs: Sequence[Path], state: Mapping[str, Any], *, strict: bool, max_bad_share: float
-    ) -> None:
-        """Goes on from `state`, an earlier tally's; {} is the beginning."""
-        self._inputs = inputs
-        self._strict = strict
-        self._max_bad_share = max_bad_share
-        self.cursor = Cursor(*state.get("cursor", (0, 0)))
-        self._records_of_file: int = state.get("records_of_file", 0)
-        self.input_bytes: int = state.get("input_bytes", 0)
-        self.records: int = state.get("records", 0)
-        self.documents: int = state.get("documents", 0)
-        self.tokens: int = state.get("tokens", 0)
-        self.bytes: int = state.get("bytes", 0)
-        self.bad = {reason: BadRecords(**bad) for reason, bad in state.get("bad", {}).items()}
 
-    def state(self) -> dict[str, Any]:
-        """What __init__ takes, for JSON."""
-        return {
-            "cursor": self.cursor,
-            "records_of_file": self._records_of_file,
-            "input_bytes": self.input_bytes,
-            "records": self.records,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "bad": {reason: asdict(bad) for reason, bad in self.bad.items()},
-        }
+def _in_order(pool: Executor, encode: Encode, source: Iterator[Batch], ahead: int) -> Iterator[Encoded]:
+    """Batches encoded by workers that never run far ahead of the writer."""
+    waiting: deque[Future[Encoded]] = deque()
+    for batch in source:
+        waiting.append(pool.submit(encode, batch))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
 
-    def add(self, piece: Piece, encoded: Encoded) -> int:
-        """Adds a piece; they must come in order, for the line numbers. Returns its tokens."""
-        if piece.file != self.cursor.file:
-            self._records_of_file = 0
-        for reason, (count, first) in encoded.bad.items():
-            if reason in self.bad:
-                self.bad[reason].count += count
-            else:
-                place = f"{piece.path}"
-                if has_numbered_records(piece.path):
-                    place += f":{self._records_of_file + first}"
-                self.bad[reason] = BadRecords(count, place)
-        tokens = int(encoded.lengths.sum())
-        self.cursor = piece.next
-        self._records_of_file += encoded.records
-        self.input_bytes += piece.share
-        self.records += encoded.records
-        self.documents += len(encoded.lengths)
-        self.tokens += tokens
-        self.bytes += encoded.text_bytes
-        return tokens
 
-    def check(self, *, complete: bool = False) -> None:
-        """Raises PrepareError if the input is too bad to go on, or has no document at all."""
-        if self._strict and self.bad:
-            reason, bad = next(iter(self.bad.items()))
-            raise PrepareError(f"bad record at {bad.first}: {reason}; correct it or leave out --strict")
-        count = sum(bad.count for bad in self.bad.values())
-        if complete and self.documents == 0:
-            raise PrepareError(f"no document in the input ({self._describe_bad()}): nothing is written")
-        if self.documents == 0 and count >= _HOPELESS:
-            raise PrepareError(
-                f"all of the first {count:,} records are bad ({self._describe_bad()}): check --json-key and "
-                "the input"
-            )
-        if (complete or self.records >= _HOPELESS) and count > self._max_bad_share * self.records:
-            raise PrepareError(
-                f"{count:,} of the first {self.records:,} records are bad ({self._describe_bad()}), more "
-                f"than --max-bad-share {self._max_bad_share:g}: correct them, or raise it to go on"
-            )
+def _pool(workers: int) -> Executor:
+    if workers < 2:
+        return ThreadPoolExecutor(1)
+    # Not Pool.imap, which reads ahead without limit and hangs when a worker is killed.
+    context = multiprocessing.get_context("spawn")  # the parent has threads, which fork does not like
+    return ProcessPoolExecutor(workers, context, initializer=_follow_parent)
 
-    def _describe_bad(self) -> str:
-        if not self.bad:
-            return "the files are empty"
-        return ", ".join(f"{bad.count:,} {reason}, first at {bad.first}" for reason, bad in self.bad.items())
+
+def _follow_parent() -> None:
+    """A worker leaves Ctrl-C to its parent, and ends with it where it would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sentinel = multiprocessing.parent_process().join  # type: ignore[union-attr]
+    threading.Thread(target=lambda: os._exit(sentinel() or 1), daemon=True).start()
+
+
+_tokenizer = lru_cache(maxsize=1)(read_tokenizer)  # once in each worker
+
+
+def _encode(
+    model: Path, special: bool, json_key: str, append_eod: bool, typecode: str, batch: Batch
+) -> Encoded:
+    """Runs in a worker."""
+    tokenizer, summary = _tokenizer(model, special), Summary(Counter(input=batch.share))
+    tokens, lengths = array(typecode), []
+    found = [text_of(batch, record, json_key) for record in batch.records]
+    encoded = tokenizer.encode([text for text, _ in found])
+    for number, ((text, bad), ids) in enumerate(zip(found, encoded, strict=True), batch.first):
+        if bad or not ids:  # a tokenizer may drop all the characters of a text
+            place = f"{batch.path}" if document(batch.path) == "file" else f"{batch.path}:{number}"
+            summary.bad[bad or "empty"] += 1
+            summary.first.setdefault(bad or "empty", place)
+            continue
+        tokens.fromlist([*ids, tokenizer.eod] if append_eod else ids)
+        lengths.append(len(ids) + append_eod)
+        summary.counts["bytes"] += len(text.encode())
+    summary.counts += Counter(documents=len(lengths), tokens=len(tokens))
+    return np.array(tokens), lengths, summary

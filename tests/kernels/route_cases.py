@@ -91,6 +91,8 @@ def check(case: Case, device: str, *, cuda: bool = False) -> None:
     ema = ThresholdEMA(e, device=device)
     ema.value.copy_(thresholds)
     ema.last_cutoff.copy_(normal(e))
+    if t > 0:
+        ema.last_cutoff[0] = logits[0, 0].nan_to_num(0.0, 0.0, 0.0)  # a logit that is its histogram's centre
     bounds = (normal(e).to(device) - 0.5, normal(e).to(device) + 0.5) if case.bounded else None
     if case.nan_bounds and bounds is not None:
         bounds[0][0] = bounds[1][0] = torch.nan

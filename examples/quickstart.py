@@ -106,12 +106,11 @@ def prepare_data(corpus: Path, data: Path) -> None:
     texts = {f"{d}.{s}": corpus / f"{d}.{s}.jsonl" for d in DOMAINS for s in ("train", "valid")}
     if not all(path.is_file() for path in texts.values()):
         console.print("[bold]1/5[/] building a corpus from pinned packages' sources, docstrings and licences")
-        built = pinned_corpus.build(corpus, "quickstart")
-        for name in built.paths:
-            console.print(
-                f"      {name:12} {built.documents[name]:5d} documents  {built.bytes[name] / 1e6:6.2f} MB"
-            )
-        console.print(f"      {built}")
+        for name, part in pinned_corpus.build(corpus, "quickstart").items():
+            console.print(f"      {name:12} {part.documents:5d} documents  {part.bytes / 1e6:6.2f} MB")
+    console.print(f"      {pinned_corpus.verdict(corpus)}", soft_wrap=True, highlight=False)
+    if pinned_corpus.differences(corpus) and data.is_dir():
+        console.print(f"      datasets of an earlier corpus, if any, stay: remove {data} too", soft_wrap=True)
     model = data / "tokenizer.model"
     data.mkdir(parents=True, exist_ok=True)
     if not model.is_file():

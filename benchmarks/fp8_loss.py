@@ -2,15 +2,15 @@
 
     python benchmarks/fp8_loss.py [--routers topk] [--recipes tensorwise] [--output benchmarks/results]
 
-Trains the same GPT once for every router and recipe, on text from this Python's own files, one process, one
-GPU; bf16 (recipe `none`) with every seed, FP8 with the first. Losses go to fp8_loss.csv, where a run replaces
-the rows of the same router, recipe and seed, and the table of all runs there to fp8_loss.md. So the work can
+Trains the same GPT once for every router and recipe, on the quickstart's pinned corpus, one process, one GPU;
+bf16 (recipe `none`) with every seed, FP8 with the first. Losses go to fp8_loss.csv, where a run replaces the
+rows of the same router, recipe and seed, and the table of all runs there to fp8_loss.md. So the work can
 be split over several calls: at 200 steps about a minute a run on an H100 is planned, ten runs in all.
 
 A rehearsal without a GPU, with a model of toy size:
 
     MEGATRON_ET_CPU=1 python benchmarks/fp8_loss.py --model small --recipes none --steps 4 --tail 2 \
-        --corpus-bytes 300000 --output /tmp/fp8
+        --output /tmp/fp8
 """
 
 import argparse
@@ -99,16 +99,16 @@ class Row:
 # ---- training ---------------------------------------------------------------------------------------------
 
 
-def make_data(folder: Path, corpus_bytes: int) -> list[str]:
-    """Write a corpus, a tokenizer and a dataset into the folder; Megatron's flags for them."""
-    from megatron_et.data.corpus import build_corpus
+def make_data(folder: Path) -> list[str]:
+    """Write the quickstart's corpus (3.4 M tokens), a tokenizer and a dataset; Megatron's flags for them."""
+    from examples import corpus
     from megatron_et.data.dataset import write_dataset
     from megatron_et.data.tokenizer import train_tokenizer
 
-    texts = build_corpus(folder, max_bytes_per_domain=corpus_bytes, progress=False).paths
-    training = [path for name, path in texts.items() if name.endswith("train")]
-    vocabulary = min(VOCABULARY, corpus_bytes // 300)
-    train_tokenizer(training, folder / "tokenizer", vocabulary)
+    parts = corpus.build(folder, progress=False)
+    print(corpus.verdict(folder), flush=True)
+    training = [part.path for name, part in parts.items() if name.endswith("train")]
+    train_tokenizer(training, folder / "tokenizer", VOCABULARY)
     write_dataset(training, folder / "text", folder / "tokenizer.model")
     return [
         *("--data-path", str(folder / "text"), "--data-cache-path", str(folder / "cache")),
@@ -341,7 +341,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1234, 1235], help="of bf16; FP8: the first")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tail", type=int, default=50, help="last steps that are compared")
-    parser.add_argument("--corpus-bytes", type=int, default=12_000_000, help="of each of two domains")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -349,7 +348,7 @@ def main() -> None:
     rows, where, failed = read_csv(table), f"{place()}, model {args.model}", []
     merged(rows, [Row("", "", 0, 0, 0.0, 0.0, where)])  # before any work: are they from this machine?
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_data(Path(scratch), args.corpus_bytes)
+        data = make_data(Path(scratch))
         for router, recipe, seed in plan(args.routers, args.recipes, args.seeds):
             name = f"{router}, {recipe}, seed {seed}"
             try:

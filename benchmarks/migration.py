@@ -163,7 +163,7 @@ def main() -> None:
     rows, before = [], {}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        data = make_data(work, MODEL.corpus_bytes)
+        data = make_data(work)
         for start in STARTS:
             before[start] = begin(start, work / start, data)
             found = {way: go_on(start, way, work / start, work / start / way, data) for way in WAYS}

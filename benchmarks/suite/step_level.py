@@ -44,7 +44,6 @@ class Model:
 
     flags: tuple[str, ...]
     processes: int
-    corpus_bytes: int
     tokens: int
     """Of a global batch."""
     topk: int
@@ -53,11 +52,11 @@ class Model:
 
 MODELS_BY_DEVICE = {
     "cpu": Model(
-        tuple(_CPU.split()), 2, 6_000_000, SEQUENCE * BATCH, 2,
+        tuple(_CPU.split()), 2, SEQUENCE * BATCH, 2,
         f"GPT 4 layers H128, E16 k2 + 1 shared, EP2, {SEQUENCE * BATCH} tokens a step",
     ),
     "cuda": Model(
-        (*MODELS["h100"], "--bf16"), 1, 12_000_000, 16_384, 4,
+        (*MODELS["h100"], "--bf16"), 1, 16_384, 4,
         "GPT 8 layers H1024, E32 k4 + 1 shared, bf16, 16384 tokens a step",
     ),
 }  # fmt: skip
@@ -89,7 +88,7 @@ def measure(
     model = MODELS_BY_DEVICE[device]
     measured, missing = {name: Measured() for name in methods}, {}
     with tempfile.TemporaryDirectory() as scratch:
-        data = make_data(Path(scratch), model.corpus_bytes)
+        data = make_data(Path(scratch))
         for turn in range(rounds):
             for name in methods:
                 missing[name] = METHODS[name].missing(device)

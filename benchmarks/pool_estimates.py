@@ -1,8 +1,7 @@
 """How well each estimator finds the cutoff of one global batch.
 
-`histogram`         the quantile of the whole global batch (`HistogramQuantile`)
+`histogram`         the quantile of the whole global batch (`quantile.Histogram`)
 `kth-largest`       the paper's: the mean over micro-batches and ranks of each one's k-th largest
-                    (`KthLargestMean`)
 `megatron-average`  as Megatron-LM's main branch (d98e8a6) averages for --moe-router-load-balancing-type
                     quantile_balancing, applied to logits
 `exact`             the k-th largest of all logits gathered: the reference
